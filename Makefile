@@ -1,0 +1,86 @@
+# Viewpoint: `make` lists what there is. Each target installs what it needs first, into .venv.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# long installations show what they fetch; everything else of pip goes to the log
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL_LOG := $(VENV)/install.log
+
+JOB ?= pointmcd
+NODES ?= 1
+ON ?= local
+SET ?=
+ARGS ?=
+
+.PHONY: help install install-dev launch doctor test test-all test-gpu check format bench smoke clean
+
+help: ## this list
+	@echo "Viewpoint: pre-train 3D point encoders by distilling 2D networks."
+	@echo
+	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
+		awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	@echo
+	@echo "First run, no data and no GPU needed:  make launch JOB=pointmcd NODES=4"
+	@echo "Everything else:                       $(BIN)/viewpoint --help"
+
+install: $(VENV)/.installed ## packages into .venv (every other target does this by itself)
+
+install-dev: $(VENV)/.installed-dev
+
+launch: $(VENV)/.installed ## run a job: JOB=pointmcd NODES=4 [DATA=url] [RUNS=url] [RUN=name] [SET="a=1 b=2"] [ARGS=...]
+	@$(BIN)/viewpoint launch $(JOB) --nodes $(NODES) --on $(ON) \
+		$(if $(DATA),--data $(DATA)) $(if $(RUNS),--runs $(RUNS)) $(if $(RUN),--run $(RUN)) \
+		$(foreach assignment,$(SET),--set $(assignment)) $(ARGS)
+
+doctor: $(VENV)/.installed ## check this machine: packages, rays, memory, disk, ports
+	@$(BIN)/viewpoint doctor
+
+smoke: $(VENV)/.installed ## the shortest whole path: tiny corpus, one node, ingest to linear SVM (about a minute)
+	@$(BIN)/viewpoint launch $(JOB) --nodes 1 --runs runs/smoke \
+		--set "prepare.corpus.source=demo://shapes?count=80&seed=0" --set epochs=2 --set global_batch=16 $(ARGS)
+
+test: $(VENV)/.installed-dev ## tests that need minutes, no network and no GPU
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+test-all: $(VENV)/.installed-dev ## also the slow ones and those that need a server on loopback
+	@$(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+
+test-gpu: $(VENV)/.installed-dev ## the tests that need a CUDA device
+	@$(BIN)/python -m pytest -q -m gpu $(ARGS)
+
+check: $(VENV)/.installed-dev ## format, lint, types, layering
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/test_layering.py
+
+format: $(VENV)/.installed-dev ## rewrite the code in the one format
+	@$(BIN)/ruff check --fix-only --select I .
+	@$(BIN)/ruff format .
+
+bench: $(VENV)/.installed ## every benchmark, with its targets
+	@set -e; for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script --check --json benchmarks/results/$$(basename $$script .py).json; done
+
+clean: ## remove .venv and caches (runs/ stays)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Viewpoint needs Python 3.11 or newer (zarr 3.1 has no release for older ones); $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 ..." >&2; exit 64; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then echo "Installing Debian's python3-venv" >&2; apt-get install -y -q python3-venv >/dev/null; \
+		else echo "Python's venv module is missing. On Debian or Ubuntu: sudo apt-get install python3-venv" >&2; exit 64; fi; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing Viewpoint's packages into $(VENV): once, about 6 GB, a few minutes (log: $(INSTALL_LOG))" >&2
+	@$(PIP) install -c constraints.txt -e . >$(INSTALL_LOG) 2>&1 || { tail -n 15 $(INSTALL_LOG) >&2; echo "Installation failed; whole log: $(INSTALL_LOG)" >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing the tools for tests and checks" >&2
+	@$(PIP) install -c constraints.txt -e '.[dev]' >>$(INSTALL_LOG) 2>&1 || { tail -n 15 $(INSTALL_LOG) >&2; echo "Installation failed; whole log: $(INSTALL_LOG)" >&2; exit 1; }
+	@touch $@

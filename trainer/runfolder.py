@@ -1,0 +1,188 @@
+"""A run's folder, on local disk or object storage: config, events, metrics, records, and the arms it is compared with.
+
+    RUNS/NAME/config.yaml  events.jsonl  metrics.jsonl  logs/  checkpoints/  evaluation/  export/  report.html  arms/ARM/...
+
+Local files are appended to. Object stores cannot append, so there each writer rewrites a file of its own
+(`events-WRITER.jsonl`), and readers merge them by time.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import PurePosixPath
+from typing import Any, Final
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from datastore.errors import DoNotRetry
+from trainer.config import RunConfig, read_config
+
+Record = dict[str, Any]
+
+_REMOTE_FLUSH_SECONDS: Final = 15.0
+
+
+class RunFolder:
+    """Reads and writes one run. `writer` tells processes apart that write to the same folder on object storage."""
+
+    def __init__(self, url: str, *, writer: str = "main") -> None:
+        self.url = url.rstrip("/")
+        self._writer = writer
+        self._pending: dict[str, list[str]] = {}
+        self._flushed_at: dict[str, float] = {}
+
+    @cached_property
+    def _filesystem(self) -> fsspec.AbstractFileSystem:
+        return fsspec.core.url_to_fs(self.url)[0]
+
+    @cached_property
+    def _root(self) -> PurePosixPath:
+        return PurePosixPath(fsspec.core.url_to_fs(self.url)[1])
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the folder lies on this machine's disk."""
+        return isinstance(self._filesystem, LocalFileSystem)
+
+    @property
+    def local_path(self) -> str | None:
+        """The folder as a local path, or None on object storage."""
+        return str(self._root) if self.is_local else None
+
+    @property
+    def name(self) -> str:
+        """The last part of the URL."""
+        return self._root.name
+
+    @property
+    def checkpoints_url(self) -> str:
+        """Where checkpoints lie."""
+        return f"{self.url}/checkpoints"
+
+    @property
+    def export_url(self) -> str:
+        """Where the trained encoder lies once the run is finished."""
+        return f"{self.url}/export"
+
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return bool(self._filesystem.exists(str(self._root / "config.yaml")))
+
+    def write_config(self, config: RunConfig) -> None:
+        """Records what this run trains."""
+        self.write_text("config.yaml", config.to_yaml())
+
+    def config(self) -> RunConfig:
+        """What this run trains; an error that says what to do where there is no run."""
+        text = self.read_text("config.yaml")
+        if text is None:
+            raise DoNotRetry(f"{self.url} is no run folder: it has no config.yaml. Start one with `viewpoint launch JOB --run {self.name}`.")
+        return read_config(text, name=f"{self.url}/config.yaml")
+
+    def append_event(self, kind: str, **facts: Any) -> None:
+        """Adds a line to the run's history: started, saved, stopped, finished, restarted and so on."""
+        self._append("events", {"time": time.time(), "event": kind, **facts}, at_once=True)
+
+    def append_metrics(self, record: Record) -> None:
+        """Adds the figures of one step."""
+        self._append("metrics", {"time": time.time(), **record}, at_once=False)
+
+    def flush(self) -> None:
+        """Puts what object storage has not yet seen."""
+        for stem in list(self._pending):
+            self._put_pending(stem)
+
+    def events(self) -> list[Record]:
+        """The run's history, oldest first."""
+        return list(self._read_lines("events"))
+
+    def metrics(self) -> list[Record]:
+        """The figures of every step that was logged, oldest first."""
+        return list(self._read_lines("metrics"))
+
+    def last_event(self, *kinds: str) -> Record | None:
+        """The newest event of the given kinds, or of any."""
+        return next((event for event in reversed(self.events()) if not kinds or event["event"] in kinds), None)
+
+    def is_finished(self) -> bool:
+        """Whether training reached its last step."""
+        return self.last_event("finished") is not None
+
+    def write_record(self, name: str, record: Record) -> None:
+        """Keeps one evaluation's result, whole."""
+        self.write_text(f"evaluation/{name}.json", json.dumps(record, indent=1))
+
+    def records(self) -> dict[str, Record]:
+        """Every evaluation's result, by name."""
+        found: dict[str, Record] = {}
+        for path in sorted(self._filesystem.glob(str(self._root / "evaluation" / "*.json"))):
+            found[PurePosixPath(path).stem] = json.loads(self._filesystem.cat_file(path))
+        return found
+
+    def arms(self) -> dict[str, "RunFolder"]:
+        """The runs that this one is compared with, by arm."""
+        paths = sorted(self._filesystem.glob(str(self._root / "arms" / "*" / "config.yaml")))
+        return {name: self.arm(name) for name in (PurePosixPath(path).parent.name for path in paths)}
+
+    def arm(self, name: str) -> "RunFolder":
+        """The folder of one arm."""
+        return RunFolder(f"{self.url}/arms/{name}", writer=self._writer)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes one file whole: a reader sees the old one or the new one."""
+        path = self._root / name
+        if self.is_local:
+            self._filesystem.makedirs(str(path.parent), exist_ok=True)
+            draft = f"{path}.{os.getpid()}.draft"
+            self._filesystem.pipe_file(draft, text.encode())
+            os.replace(draft, path)
+        else:
+            self._filesystem.pipe_file(str(path), text.encode())
+
+    def read_text(self, name: str) -> str | None:
+        """One file's text, or None where there is none."""
+        try:
+            content: bytes = self._filesystem.cat_file(str(self._root / name))
+        except FileNotFoundError:
+            return None
+        return content.decode()
+
+    def remove(self, name: str) -> None:
+        """Removes one file if it is there."""
+        path = str(self._root / name)
+        if self._filesystem.exists(path):
+            self._filesystem.rm_file(path)
+
+    def _append(self, stem: str, record: Record, *, at_once: bool) -> None:
+        line = json.dumps(record) + "\n"
+        if self.is_local:
+            path = self._root / f"{stem}.jsonl"
+            self._filesystem.makedirs(str(path.parent), exist_ok=True)
+            # one write to a file opened for appending: lines of several processes do not mix
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(descriptor, line.encode())
+            finally:
+                os.close(descriptor)
+            return
+        self._pending.setdefault(stem, []).append(line)
+        if at_once or time.monotonic() - self._flushed_at.get(stem, 0.0) > _REMOTE_FLUSH_SECONDS:
+            self._put_pending(stem)
+
+    def _put_pending(self, stem: str) -> None:
+        name = f"{stem}-{self._writer}.jsonl"
+        lines = self._pending.pop(stem, [])
+        if lines:
+            self.write_text(name, (self.read_text(name) or "") + "".join(lines))
+        self._flushed_at[stem] = time.monotonic()
+
+    def _read_lines(self, stem: str) -> Iterator[Record]:
+        records: list[Record] = []
+        for path in sorted(self._filesystem.glob(str(self._root / f"{stem}*.jsonl"))):
+            # a process killed while writing leaves half a line at the end: it is no record
+            whole = self._filesystem.cat_file(path).decode().rpartition("\n")[0]
+            records += [json.loads(line) for line in whole.splitlines() if line]
+        return iter(sorted(records, key=lambda record: record["time"]))
