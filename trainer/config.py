@@ -13,7 +13,7 @@ from types import UnionType
 from typing import Annotated, Any, Final, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from datastore.errors import AskedWrongly
 from datastore.stream import StreamConfig
@@ -29,10 +29,8 @@ Overrides = Mapping[str, Any]
 """Dotted keys and the values that replace them: `{"engine.optimizer.lr": 0.1}`."""
 
 
-class CorpusConfig(BaseModel):
+class CorpusConfig(BaseModel, extra="forbid", frozen=True):
     """A corpus that a run makes for itself when it is given no data."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str  # what `viewpoint ingest` takes
     rig: str
@@ -40,19 +38,15 @@ class CorpusConfig(BaseModel):
     points: PositiveInt
 
 
-class PrepareConfig(BaseModel):
+class PrepareConfig(BaseModel, extra="forbid", frozen=True):
     """What must exist before the run: a corpus, and a teacher's features in it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     corpus: CorpusConfig | None = None
     teacher_job: str | None = None  # the recipe that trains the objective's teacher
 
 
-class RunConfig(BaseModel):
+class RunConfig(BaseModel, extra="forbid", frozen=True):
     """One training run, whole. A recipe is this, written as YAML."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     job: str
     objective: ObjectiveConfig
