@@ -1,0 +1,119 @@
+"""The processes of a run: who this one is, and the few things that they say to each other.
+
+Every function is the identity outside a process group, so that losses and objectives run without ranks.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Self, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Shaped
+from torch import Tensor
+
+from datastore.errors import AskedWrongly
+
+ReportT = TypeVar("ReportT")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others: `rank` of `size`, `local_rank` on its node."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_env(cls, environment: Mapping[str, str] = os.environ) -> Self:
+        """What torchrun says in RANK, WORLD_SIZE and LOCAL_RANK; a world of one without them."""
+        given = {name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in environment}
+        if "WORLD_SIZE" not in given:
+            return cls()
+        try:
+            rank, size = int(given["RANK"]), int(given["WORLD_SIZE"])
+            local_rank = int(given.get("LOCAL_RANK", given["RANK"]))
+        except (KeyError, ValueError) as error:
+            raise AskedWrongly(
+                f"The environment describes no world: RANK and WORLD_SIZE must be whole numbers, found {given}. "
+                "Start workers with torchrun or `viewpoint launch`, or unset WORLD_SIZE to run one process."
+            ) from error
+        if not 0 <= rank < size:
+            raise AskedWrongly(f"RANK={rank} is not one of the {size} ranks that WORLD_SIZE announces.")
+        return cls(rank, size, local_rank)
+
+    @property
+    def is_first(self) -> bool:
+        """True in the one process that speaks and writes for all."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank: all ranks get the same answer."""
+        return bool(all_reduce_sum(torch.tensor(float(flag), device=communication_device())).item() > 0)
+
+
+def world_size() -> int:
+    """Ranks in the process group; one without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def communication_device() -> torch.device:
+    """Where tensors must lie to be sent to other ranks."""
+    if dist.is_initialized() and "nccl" in dist.get_backend():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def all_reduce_sum(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """The sum over all ranks, as a new tensor without gradient."""
+    total = tensor.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def gather(tensor: Shaped[Tensor, "b *rest"]) -> Shaped[Tensor, "world_b *rest"]:
+    """The rows of all ranks, in the order of ranks, with gradient; every rank must bring equally many rows.
+
+    The gradient of a rank's rows is the sum over the losses of all ranks. As the engine then takes the mean over ranks,
+    the update follows the mean of the ranks' losses, exactly as one process with all rows would.
+    """
+    if world_size() == 1:
+        return tensor
+    return cast(Tensor, _Gather.apply(tensor))
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, tensor: Tensor) -> Tensor:
+        rows = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
+        dist.all_gather(rows, tensor.contiguous())
+        context.num_rows = len(tensor)
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        total = all_reduce_sum(gradients[0])
+        return total[dist.get_rank() * context.num_rows :][: context.num_rows]
+
+
+def gather_reports(report: ReportT) -> list[ReportT]:
+    """Every rank's report (any small picklable value), in the order of ranks, on every rank."""
+    if world_size() == 1:
+        return [report]
+    reports: list[ReportT | None] = [None] * world_size()
+    dist.all_gather_object(reports, report)
+    return cast(list[ReportT], reports)
+
+
+def barrier(timeout_seconds: float) -> None:
+    """Returns when all ranks are here; after the timeout, a RuntimeError names the missing ranks where gloo is used."""
+    if world_size() == 1:
+        return
+    if dist.get_backend() == "gloo":
+        dist.monitored_barrier(timeout=timedelta(seconds=timeout_seconds))
+    else:
+        dist.barrier()  # nccl waits as long as the process group was told to
