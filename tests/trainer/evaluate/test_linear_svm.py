@@ -1,0 +1,98 @@
+"""The protocols against scikit-learn used directly, and what the choice of C may see."""
+
+import numpy as np
+import pytest
+from numpy import ndarray
+from sklearn.svm import SVC, LinearSVC
+
+from trainer.evaluate import linear_svm
+from trainer.evaluate.linear_svm import C_GRID, PROTOCOLS, fit, score, stratified_holdout
+
+
+def shapes(rows: int, seed: int = 0) -> tuple[ndarray, ndarray]:
+    """Features of four classes that overlap, so that C matters."""
+    generator = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(4, 20))
+    labels = np.arange(rows) % 4
+    return (centres[labels] + 2.5 * generator.normal(size=(rows, 20))).astype(np.float32), labels
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("svm@crosspoint", SVC(kernel="linear", C=0.01)),
+        ("svm@i2pmae", SVC(kernel="linear", C=0.0093)),
+        ("svm@recon", LinearSVC(C=0.075, dual=True, random_state=0)),
+    ],
+)
+def test_a_preset_is_the_published_classifier(name: str, reference: SVC | LinearSVC) -> None:
+    features, labels = shapes(120)
+    fitted = fit(PROTOCOLS[name], features, labels, seed=0)
+    unseen, _ = shapes(80, seed=1)
+    reference.fit(features, labels)
+    np.testing.assert_array_equal(fitted.classifier.decision_function(unseen), reference.decision_function(unseen))
+    assert fitted.grid == () and fitted.converged
+
+
+def test_the_default_is_a_grid_search_on_a_holdout_and_a_refit_on_everything() -> None:
+    features, labels = shapes(120)
+    fitted = fit(PROTOCOLS["svm@heldout"], features, labels, seed=3)
+
+    held_out = stratified_holdout(labels, seed=3)
+    expected = [
+        SVC(kernel="linear", C=c)
+        .fit(features[~held_out], labels[~held_out])
+        .score(features[held_out], labels[held_out])
+        for c in C_GRID
+    ]
+    assert [accuracy for _, accuracy in fitted.grid] == expected
+    assert fitted.c == C_GRID[int(np.argmax(expected))], "the smallest C among the best"
+    refitted = SVC(kernel="linear", C=fitted.c).fit(features, labels)
+    np.testing.assert_array_equal(fitted.classifier.support_, refitted.support_)
+    assert fitted.num_holdout == held_out.sum() == 24
+
+
+def test_held_out_rows_do_not_take_part_in_the_fits_that_judge_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = shapes(40)
+    held_out = {row.tobytes() for row in features[stratified_holdout(labels, seed=0)]}
+    seen: list[set[bytes]] = []
+    fit_at = linear_svm._fit_at
+
+    def watched(protocol, c, rows, row_labels, seed):  # type: ignore[no-untyped-def]
+        seen.append({row.tobytes() for row in rows})
+        return fit_at(protocol, c, rows, row_labels, seed)
+
+    monkeypatch.setattr(linear_svm, "_fit_at", watched)
+    fit(PROTOCOLS["svm@heldout"], features, labels, seed=0)
+    assert len(seen) == len(C_GRID) + 1
+    assert all(not rows & held_out for rows in seen[:-1])
+    assert len(seen[-1]) == 40, "the last fit is on all training rows"
+
+
+def test_the_holdout_is_stratified_seeded_and_leaves_each_class_a_row() -> None:
+    labels = np.array([0] * 50 + [1] * 10 + [2] * 2 + [3])
+    held_out = stratified_holdout(labels, seed=0)
+    assert [int(held_out[labels == label].sum()) for label in range(4)] == [10, 2, 1, 0]
+    np.testing.assert_array_equal(held_out, stratified_holdout(labels, seed=0))
+    assert (held_out != stratified_holdout(labels, seed=1)).any()
+
+
+def test_choosing_c_without_two_rows_of_any_class_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least two training rows"):
+        fit(PROTOCOLS["svm@heldout"], np.eye(4, dtype=np.float32), np.arange(4), seed=0)
+
+
+def test_a_solver_that_stops_early_is_reported() -> None:
+    features, labels = shapes(120)
+    fitted = fit(PROTOCOLS["svm@recon"], features * 1000, labels, seed=0)
+    assert not fitted.converged
+
+
+def test_scores_agree_with_counting_by_hand() -> None:
+    labels = np.array([0, 0, 0, 1, 1, 3])
+    predicted = np.array([0, 0, 1, 1, 0, 3])
+    scores = score(predicted, labels, ("a", "b", "c", "d"))
+    assert scores.accuracy == pytest.approx(4 / 6)
+    assert scores.per_class_accuracy == {"a": pytest.approx(2 / 3), "b": 0.5, "c": None, "d": 1.0}
+    assert scores.class_mean_accuracy == pytest.approx((2 / 3 + 0.5 + 1) / 3)
+    assert scores.confusion == [[2, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
