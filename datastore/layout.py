@@ -1,0 +1,643 @@
+"""Where fields lie below a store's URL; creating and opening a store.
+
+A store is a zarr v3 group with sharded arrays, axis 0 of each the rows:
+
+    zarr.json                                attributes: {"viewpoint": StoreAttributes, "viewpoint_fields": [names]}
+    <field>/c/<shard>/0/...                  one object a shard
+    teachers/<name>@<hash8>/<field>/...      a teacher's word on the views; attributes {"viewpoint_teacher": ...}
+    _viewpoint/commits/<scope>/<block>.json  one a finished block; scope is "ingest" or "teachers/<name>@<hash8>"
+    _viewpoint/manifests/<number>.json       the blocks of all scopes that are complete; the newest is the store
+
+A block is `block_rows` rows of all fields of a scope, and what one writer finishes at a time. A reader opens one manifest
+and sees that one: shards that it does not name do not exist, whatever lies in the folders.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Final, Literal, TypeVar
+
+import numpy as np
+import zarr
+from jaxtyping import Int64
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from zarr.abc.codec import BytesBytesCodec
+from zarr.codecs import BloscCodec, ZstdCodec
+from zarr.storage import FsspecStore, LocalStore, MemoryStore
+
+from datastore import schema
+from datastore.cameras import CameraRig
+from datastore.errors import MissingField, StoreError
+from datastore.objects import ObjectFolder
+
+INGEST: Final = "ingest"
+"""The scope of everything that `viewpoint ingest` writes. The others are teachers: `teachers/<name>@<hash8>`."""
+
+_ATTRIBUTES_KEY: Final = "viewpoint"
+_FIELDS_KEY: Final = "viewpoint_fields"
+_TEACHER_KEY: Final = "viewpoint_teacher"
+_TEACHERS_FOLDER: Final = "teachers"
+_COMMITS_FOLDER: Final = "_viewpoint/commits"
+_MANIFESTS_FOLDER: Final = "_viewpoint/manifests"
+_FILL_VALUES: Final[Mapping[str, int]] = {"split": schema.QUARANTINED, "label": -1, "part_labels": -1}
+Model = TypeVar("Model", bound=BaseModel)
+
+_ZSTD_LEVEL: Final = 3
+_LZ4_LEVEL: Final = 5
+
+
+class StoreAttributes(BaseModel, extra="forbid", frozen=True):
+    """What is true of the whole store, fixed when it is created."""
+
+    schema_version: int = schema.SCHEMA_VERSION
+    num_rows: PositiveInt
+    points_per_shape: PositiveInt
+    block_rows: PositiveInt
+    class_names: tuple[str, ...]
+    part_names: tuple[str, ...] = ()
+    splits: tuple[str, ...]  # the field `split` indexes into these
+    rig: CameraRig
+    depth_near: float  # the field `depth` is scaled to this range, in ball radii from the camera
+    depth_far: float
+    up_axis: Literal["+Y"] = "+Y"
+    normalisation: Literal["unit ball"] = "unit ball"
+    units: str = "unknown"  # of the source's coordinates, which `centre` and `scale` lead back to
+    source_url: str
+    source_format: str
+    source_hash: str  # of the list of shapes that the source holds: another list is another store
+    licence: str = "unknown"
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "StoreAttributes":
+        if self.block_rows & (self.block_rows - 1):
+            raise ValueError(
+                f"block_rows must be a power of two, so that shards divide blocks; it is {self.block_rows}"
+            )
+        if len(self.splits) >= schema.QUARANTINED:
+            raise ValueError(f"{len(self.splits)} splits: at most {schema.QUARANTINED - 1} fit the field")
+        return self
+
+
+class TeacherAttributes(BaseModel, extra="forbid", frozen=True):
+    """Who wrote a set of cached fields."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")  # it is a folder's name
+    weights_hash: str = Field(min_length=8)  # hexadecimal; its first eight digits tell teachers of one name apart
+    image_size: PositiveInt
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fields: dict[str, tuple[PositiveInt, ...]]  # sizes of one row's axes
+    dim: PositiveInt  # width of view_features
+    num_tokens: NonNegativeInt = 0
+
+    @property
+    def key(self) -> str:
+        """`name@hash8`: what tells this teacher from every other in a store."""
+        return f"{self.name}@{self.weights_hash[:8]}"
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "TeacherAttributes":
+        if unknown := set(self.fields) - set(schema.TEACHER_FIELDS):
+            raise ValueError(f"a teacher does not write {sorted(unknown)}, only {', '.join(schema.TEACHER_FIELDS)}")
+        for name, sizes in self.fields.items():
+            if len(sizes) != len(schema.FIELDS[name].axes):
+                raise ValueError(f"{name} has axes {schema.FIELDS[name].axes}, not {sizes}")
+        return self
+
+
+class ShardSums(BaseModel, extra="forbid", frozen=True):
+    """Size and checksum of every shard object of one field; size 0 where a shard is not complete."""
+
+    sizes: tuple[NonNegativeInt, ...]
+    crc32c: tuple[NonNegativeInt, ...]
+
+
+class ScopeManifest(BaseModel, extra="forbid", frozen=True):
+    """What is complete of one scope."""
+
+    block_ranges: tuple[tuple[int, int], ...] = ()  # first block, and the one after the last
+    shards: dict[str, ShardSums] = {}  # by field
+    quarantine: dict[str, tuple[int, ...]] = {}  # rows that hold no shape, by reason
+
+    @property
+    def blocks(self) -> list[int]:
+        """Numbers of the complete blocks."""
+        return [block for first, end in self.block_ranges for block in range(first, end)]
+
+
+class Manifest(BaseModel, extra="forbid", frozen=True):
+    """What is complete of a store at one moment. Number 0 is the store before anything was published."""
+
+    number: NonNegativeInt = 0
+    scopes: dict[str, ScopeManifest] = {}
+
+    def scope(self, name: str) -> ScopeManifest:
+        """What is complete of a scope, which may be nothing."""
+        return self.scopes.get(name, ScopeManifest())
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of all shards together."""
+        return sum(sum(sums.sizes) for scope in self.scopes.values() for sums in scope.shards.values())
+
+
+@dataclass(frozen=True)
+class StoredField:
+    """One array of a store: how its rows look to a reader, and how they lie."""
+
+    field: schema.Field
+    path: str  # below the store's URL, and the name that `Store.read` takes
+    scope: str
+    num_rows: int
+    row_shape: tuple[int, ...]  # as a reader receives it
+    shard_rows: int
+    chunk_rows: int
+
+    @property
+    def stored_row_shape(self) -> tuple[int, ...]:
+        """Shape of a row as it lies: of a bit-packed field, the last axis holds eight values a byte."""
+        return (*self.row_shape[:-1], math.ceil(self.row_shape[-1] / 8)) if self.field.bit_packed else self.row_shape
+
+    @property
+    def stored_dtype(self) -> str:
+        """Type of the values as they lie."""
+        return "uint8" if self.field.bit_packed else self.field.dtype
+
+    @property
+    def num_shards(self) -> int:
+        """How many objects the array has when it is complete."""
+        return math.ceil(self.num_rows / self.shard_rows)
+
+    @property
+    def fill_value(self) -> int | str:
+        """What a plain zarr reader sees where nothing is written."""
+        return "" if self.field.dtype == "string" else _FILL_VALUES.get(self.field.name, 0)
+
+    def shard_name(self, shard: int) -> str:
+        """The object that holds a shard."""
+        return "/".join([self.path, "c", str(shard), *("0" for _ in self.row_shape)])
+
+    def compressors(self) -> tuple[BytesBytesCodec, ...]:
+        """The codecs behind `field.codec`."""
+        if self.field.codec == "none":
+            return ()
+        if self.field.codec == "zstd":
+            return (ZstdCodec(level=_ZSTD_LEVEL),)
+        item_bytes = np.dtype(self.stored_dtype).itemsize
+        return (BloscCodec(cname="lz4", clevel=_LZ4_LEVEL, shuffle="bitshuffle", typesize=item_bytes),)
+
+    def metadata_document(self) -> bytes:
+        """The array's `zarr.json`: the same bytes whoever writes it."""
+        objects: dict[str, Any] = {}
+        attributes: dict[str, Any] = {"meaning": self.field.meaning, "axes": ["row", *self.field.axes]}
+        if self.field.bit_packed:
+            attributes["bit_packed"] = {"axis": self.field.axes[-1], "count": self.row_shape[-1], "bit_order": "little"}
+        zarr.create_array(
+            MemoryStore(objects),
+            shape=(self.num_rows, *self.stored_row_shape),
+            dtype=self.stored_dtype,
+            shards=(self.shard_rows, *self.stored_row_shape),
+            chunks=(self.chunk_rows, *self.stored_row_shape),
+            compressors=self.compressors() or None,
+            fill_value=self.fill_value,
+            attributes=attributes,
+        )
+        document: bytes = objects["zarr.json"].to_bytes()
+        return document
+
+    def decode(self, stored: np.ndarray) -> np.ndarray:
+        """Rows as a reader receives them, from rows as they lie."""
+        if not self.field.bit_packed:
+            return stored
+        unpacked = np.unpackbits(stored, axis=-1, count=self.row_shape[-1], bitorder="little")
+        return unpacked.view(np.bool_)
+
+    def encode(self, rows: np.ndarray) -> np.ndarray:
+        """Rows as they lie, from rows as a reader receives them."""
+        return np.packbits(rows, axis=-1, bitorder="little") if self.field.bit_packed else rows
+
+
+@dataclass(frozen=True)
+class CorpusFacts:
+    """What sizes a network."""
+
+    class_names: tuple[str, ...]
+    num_views: int
+    image_size: int
+    part_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class QuarantinedRow:
+    """A shape of the source that could not be used."""
+
+    row: int
+    id: str
+    reason: str
+
+
+def default_block_rows(num_rows: int) -> int:
+    """Rows a writer finishes at a time: about a sixteenth of a small corpus, so that little work is lost when it stops."""
+    sixteenth = math.ceil(num_rows / 16)
+    return min(1024, max(16, 1 << (sixteenth - 1).bit_length()))
+
+
+class Store:
+    """A store as one manifest shows it; it does not change while others go on writing."""
+
+    def __init__(
+        self,
+        folder: ObjectFolder,
+        attributes: StoreAttributes,
+        ingest_fields: Sequence[str],
+        teachers: Mapping[str, TeacherAttributes],
+        manifest: Manifest,
+    ) -> None:
+        self.folder = folder
+        self.attributes = attributes
+        self.ingest_fields = tuple(ingest_fields)
+        self.manifest = manifest
+        self._every_teacher = dict(teachers)
+
+    def __len__(self) -> int:
+        return self.attributes.num_rows
+
+    def __repr__(self) -> str:
+        return f"<Store {self.url}: {len(self)} rows, manifest {self.manifest.number}>"
+
+    @property
+    def url(self) -> str:
+        """Where the store lies."""
+        return self.folder.url
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What `label` indexes into."""
+        return self.attributes.class_names
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """What `part_labels` indexes into."""
+        return self.attributes.part_names
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """What `split` indexes into."""
+        return self.attributes.splits
+
+    @property
+    def corpus_facts(self) -> CorpusFacts:
+        """What sizes a network."""
+        rig = self.attributes.rig
+        return CorpusFacts(self.class_names, rig.num_views, rig.image_size, self.part_names)
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks a complete scope has."""
+        return math.ceil(len(self) / self.attributes.block_rows)
+
+    def block_range(self, block: int) -> tuple[int, int]:
+        """First row of a block, and the one after its last."""
+        first = block * self.attributes.block_rows
+        return first, min(first + self.attributes.block_rows, len(self))
+
+    @cached_property
+    def fields(self) -> dict[str, StoredField]:
+        """The arrays that are readable now: those of every scope whose blocks cover what is ingested."""
+        readable = [INGEST] if self.manifest.scope(INGEST).block_ranges else []
+        readable += [f"{_TEACHERS_FOLDER}/{key}" for key in self.teachers]
+        return {stored.path: stored for scope in readable for stored in self.fields_of(scope)}
+
+    @cached_property
+    def teachers(self) -> dict[str, TeacherAttributes]:
+        """Teachers whose cached fields cover every ingested row, by `name@hash`."""
+        ingested = set(self.manifest.scope(INGEST).blocks)
+        return {
+            key: teacher
+            for key, teacher in self._every_teacher.items()
+            if ingested and ingested <= set(self.manifest.scope(f"{_TEACHERS_FOLDER}/{key}").blocks)
+        }
+
+    def fields_of(self, scope: str) -> list[StoredField]:
+        """The arrays that a writer of a scope fills, readable or not."""
+        if scope == INGEST:
+            return [self._stored_field(name, name, scope, self._ingest_row_shape(name)) for name in self.ingest_fields]
+        key = scope.removeprefix(f"{_TEACHERS_FOLDER}/")
+        # a teacher may have been added since this manifest was opened
+        teacher = self._every_teacher.get(key) or _read_teacher(self.folder, key)
+        return [self._stored_field(name, f"{scope}/{name}", scope, sizes) for name, sizes in teacher.fields.items()]
+
+    def resolve_teacher(self, teacher: str) -> str:
+        """`name@hash` of the one teacher meant; an error that says what to run where there is none."""
+        if teacher in self.teachers:
+            return teacher
+        matching = [key for key in self.teachers if key.partition("@")[0] == teacher]
+        if len(matching) == 1:
+            return matching[0]
+        if matching:
+            raise StoreError(
+                f"{self.url} holds {len(matching)} teachers named {teacher!r}, from different weights: "
+                f"{', '.join(matching)}. Name the one you mean in full."
+            )
+        name = teacher.partition("@")[0]
+        command = f"`viewpoint cache {self.url} --teacher {name}`"
+        for key in self._every_teacher:
+            if teacher in (key, key.partition("@")[0]):
+                done, needed = (
+                    len(self.manifest.scope(f"{_TEACHERS_FOLDER}/{key}").blocks),
+                    len(self.manifest.scope(INGEST).blocks),
+                )
+                raise MissingField(
+                    f"{self.url} holds {done} of {needed} blocks of teacher {key!r}. Write the others with {command}."
+                )
+        known = f"It holds {', '.join(self.teachers)}." if self.teachers else "It holds no teacher's fields."
+        raise MissingField(f"{self.url} has no fields of teacher {teacher!r}. {known} Write them with {command}.")
+
+    def field(self, name: str) -> StoredField:
+        """One readable array; an error that says how it is written where there is none."""
+        if name in self.fields:
+            return self.fields[name]
+        base = name.rpartition("/")[2]
+        if base not in schema.FIELDS:
+            raise MissingField(f"There is no field {name!r}. {self.url} holds {', '.join(self.fields)}.")
+        if schema.FIELDS[base].writer == "ingest":
+            raise MissingField(
+                f"{self.url} has no field {name!r} ({schema.FIELDS[base].meaning}): its source has none, or it was "
+                f"ingested without. It holds {', '.join(self.fields)}. Write a store that has it with "
+                f"`viewpoint ingest SOURCE NEW_STORE`."
+            )
+        if "/" not in name:
+            holders = [path for path in self.fields if path.endswith(f"/{name}")]
+            held = f" It is here for: {', '.join(holders)}." if holders else ""
+            raise MissingField(
+                f"{self.url}: {name!r} belongs to a teacher, so its name here is teachers/NAME@HASH/{name}.{held} "
+                f"Write it with `viewpoint cache {self.url} --teacher NAME`."
+            )
+        key = self.resolve_teacher(name.removeprefix(f"{_TEACHERS_FOLDER}/").rpartition("/")[0])
+        raise MissingField(
+            f"{self.url}: teacher {key!r} wrote {', '.join(self.teachers[key].fields)}, but not {base!r}. Write it "
+            f"with `viewpoint cache {self.url} --teacher NAME` and a teacher that has it."
+        )
+
+    def read(self, field: str, rows: Iterable[int] | Int64[np.ndarray, " r"]) -> np.ndarray:
+        """The given rows of a field, in the given order, as a reader receives them."""
+        stored = self.field(field)
+        wanted = np.asarray(rows if isinstance(rows, np.ndarray) else list(rows), dtype=np.int64)
+        self._check_rows(stored, wanted)
+        array = self._arrays.get(field)
+        if array is None:
+            array = self._arrays[field] = zarr.open_array(self._zarr_store, path=stored.path, mode="r")
+        result = np.empty(
+            (len(wanted), *stored.row_shape),
+            dtype=array.dtype if stored.field.dtype == "string" else stored.field.dtype,
+        )
+        order = np.argsort(wanted, kind="stable")
+        # neighbouring chunks of one shard are read together: one request for a run of rows instead of one a row
+        chunks = wanted[order] // stored.chunk_rows
+        same_run = (np.diff(chunks) <= 1) & (np.diff(wanted[order] // stored.shard_rows) == 0)
+        bounds = [0, *(np.flatnonzero(~same_run) + 1), len(order)]
+        for start, end in pairwise(bounds):
+            positions = order[start:end]
+            if not len(positions):
+                continue
+            first, last = int(wanted[positions[0]]), int(wanted[positions[-1]])
+            result[positions] = stored.decode(np.asarray(array[first : last + 1]))[wanted[positions] - first]
+        return result
+
+    def rows(self, split: str | None = None) -> Int64[np.ndarray, " r"]:
+        """Row numbers of the shapes that are complete and not in quarantine: of one split, or all."""
+        if split is not None and split not in self.splits:
+            raise StoreError(f"{self.url} has no split {split!r}. It has {', '.join(self.splits)}.")
+        of_row = self._split_of_row
+        chosen = of_row != schema.QUARANTINED if split is None else of_row == self.splits.index(split)
+        return np.flatnonzero(chosen).astype(np.int64)
+
+    @cached_property
+    def quarantine(self) -> list[QuarantinedRow]:
+        """Shapes of the source that could not be used, and why."""
+        reasons = {row: reason for reason, rows in self.manifest.scope(INGEST).quarantine.items() for row in rows}
+        rows = sorted(reasons)
+        if not rows:
+            return []
+        return [
+            QuarantinedRow(row, str(name), reasons[row]) for row, name in zip(rows, self.read("id", rows), strict=True)
+        ]
+
+    def is_complete(self, scope: str = INGEST) -> bool:
+        """Whether every block of a scope is there."""
+        return len(self.manifest.scope(scope).blocks) == self.num_blocks
+
+    @cached_property
+    def _split_of_row(self) -> np.ndarray:
+        complete = self._complete_rows(INGEST)
+        split = np.full(len(self), schema.QUARANTINED, dtype=np.uint8)
+        split[complete] = self.read("split", np.flatnonzero(complete))
+        return split
+
+    def _complete_rows(self, scope: str) -> np.ndarray:
+        complete = np.zeros(len(self), dtype=np.bool_)
+        for first, end in self.manifest.scope(scope).block_ranges:
+            complete[first * self.attributes.block_rows : end * self.attributes.block_rows] = True
+        return complete
+
+    def _check_rows(self, stored: StoredField, rows: np.ndarray) -> None:
+        if not len(rows):
+            return
+        if rows.min() < 0 or rows.max() >= len(self):
+            raise StoreError(
+                f"{self.url} has rows 0 to {len(self) - 1}; asked for {rows.min()} to {rows.max()} of {stored.path!r}."
+            )
+        ranges = self.manifest.scope(stored.scope).block_ranges
+        blocks = np.unique(rows // self.attributes.block_rows)
+        missing = [int(block) for block in blocks if not any(first <= block < end for first, end in ranges)]
+        if missing:
+            raise StoreError(
+                f"{self.url}: rows {self.block_range(missing[0])[0]} and following of {stored.path!r} are not written "
+                f"yet in manifest {self.manifest.number}. `Store.rows()` lists those that are."
+            )
+
+    @cached_property
+    def _arrays(self) -> dict[str, zarr.Array[Any]]:
+        return {}
+
+    @cached_property
+    def _zarr_store(self) -> LocalStore | FsspecStore:
+        if self.folder.is_local:
+            return LocalStore(self.folder.local_path, read_only=True)
+        return FsspecStore.from_url(self.url, read_only=True)
+
+    def _ingest_row_shape(self, name: str) -> tuple[int, ...]:
+        rig = self.attributes.rig
+        sizes = {"p": self.attributes.points_per_shape, "v": rig.num_views, "h": rig.image_size, "w": rig.image_size}
+        return tuple(sizes[axis] if axis in sizes else int(axis) for axis in schema.FIELDS[name].axes)
+
+    def _stored_field(self, name: str, path: str, scope: str, row_shape: tuple[int, ...]) -> StoredField:
+        field = schema.FIELDS[name]
+        shard_rows = min(field.shard_rows, self.attributes.block_rows)
+        return StoredField(field, path, scope, len(self), row_shape, shard_rows, min(field.chunk_rows, shard_rows))
+
+
+def open_store(url: str | os.PathLike[str]) -> Store:
+    """The store at a URL, as its newest manifest shows it."""
+    store = _open(ObjectFolder(url))
+    if store.manifest.number == 0:
+        raise StoreError(
+            f"{store.url} is a store in which nothing is complete yet. Wait for `viewpoint ingest` to finish, or run the "
+            f"same command again: it goes on where it stopped."
+        )
+    return store
+
+
+def create_store(url: str | os.PathLike[str], attributes: StoreAttributes, fields: Sequence[str]) -> Store:
+    """A store with these attributes and ingest fields: a new one, or the one that is there if it has the same."""
+    folder = ObjectFolder(url)
+    fields = tuple(name for name in schema.INGEST_FIELDS if name in set(fields))
+    if not {"split", "id"} <= set(fields):
+        raise StoreError(f"{folder.url}: every store has the fields split and id; asked for {', '.join(fields)}.")
+    document = _group_document({_ATTRIBUTES_KEY: attributes.model_dump(mode="json"), _FIELDS_KEY: list(fields)})
+    # the group is created first and says everything: whoever comes second, or after a kill, completes the same arrays
+    if not folder.create("zarr.json", document):
+        found, found_fields = _read_attributes(folder)
+        _refuse_difference(folder.url, found, attributes, found_fields, fields)
+    store = _open(folder)
+    _write_array_documents(store, INGEST)
+    return store
+
+
+def create_teacher(store: Store, teacher: TeacherAttributes) -> str:
+    """The scope for a teacher's fields: a new one, or the one that is there if it is the same teacher's."""
+    scope = f"{_TEACHERS_FOLDER}/{teacher.key}"
+    store.folder.create(f"{_TEACHERS_FOLDER}/zarr.json", _group_document({}))
+    document = _group_document({_TEACHER_KEY: teacher.model_dump(mode="json")})
+    if not store.folder.create(f"{scope}/zarr.json", document):
+        found = _read_teacher(store.folder, teacher.key)
+        if differences := _differences(found, teacher):
+            raise StoreError(
+                f"{store.url}/{scope} was written by a teacher with other properties ({differences}). Remove that folder, "
+                f"or give the teacher another name."
+            )
+    _write_array_documents(store, scope)
+    return scope
+
+
+def commit_name(scope: str, block: int) -> str:
+    """The object that says a block is complete."""
+    return f"{_COMMITS_FOLDER}/{scope}/{block:08d}.json"
+
+
+def commit_numbers(folder: ObjectFolder, scope: str) -> list[int]:
+    """Blocks of a scope that have such an object, published or not."""
+    return _numbers(folder.names(f"{_COMMITS_FOLDER}/{scope}"))
+
+
+def manifest_name(number: int) -> str:
+    """The object that holds a manifest."""
+    return f"{_MANIFESTS_FOLDER}/{number:08d}.json"
+
+
+def newest_manifest(folder: ObjectFolder) -> Manifest:
+    """What a reader that opens the store now sees."""
+    numbers = _numbers(folder.names(_MANIFESTS_FOLDER))
+    if not numbers:
+        return Manifest()
+    return _parse(Manifest, folder.read(manifest_name(numbers[-1])), f"{folder.url}/{manifest_name(numbers[-1])}")
+
+
+def _numbers(names: Iterable[str]) -> list[int]:
+    return sorted(int(name.removesuffix(".json")) for name in names if name.removesuffix(".json").isdecimal())
+
+
+def _open(folder: ObjectFolder) -> Store:
+    attributes, fields = _read_attributes(folder)
+    keys = [name for name in folder.names(_TEACHERS_FOLDER) if "@" in name]
+    # a folder without its document is a teacher whose creation is under way
+    teachers = {key: _read_teacher(folder, key) for key in keys if folder.exists(f"{_TEACHERS_FOLDER}/{key}/zarr.json")}
+    return Store(folder, attributes, fields, teachers, newest_manifest(folder))
+
+
+def _read_attributes(folder: ObjectFolder) -> tuple[StoreAttributes, tuple[str, ...]]:
+    command = f"Write a store with `viewpoint ingest SOURCE {folder.url}`."
+    try:
+        document = json.loads(folder.read("zarr.json"))
+    except FileNotFoundError:
+        names = folder.names()
+        found = (
+            f"It holds {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}." if names else "Nothing is there."
+        )
+        raise StoreError(f"{folder.url} is no store: it has no zarr.json. {found} {command}") from None
+    except json.JSONDecodeError as error:
+        raise StoreError(
+            f"{folder.url}/zarr.json is damaged ({error}). Restore it from a copy, or remove the folder. {command}"
+        ) from error
+    found_attributes = document.get("attributes", {})
+    if _ATTRIBUTES_KEY not in found_attributes:
+        raise StoreError(
+            f"{folder.url} is a zarr {document.get('node_type', 'object')}, but not a store of Viewpoint's. {command}"
+        )
+    version = found_attributes[_ATTRIBUTES_KEY].get("schema_version")
+    if version != schema.SCHEMA_VERSION:
+        raise StoreError(
+            f"{folder.url} has schema version {version}; this Viewpoint reads version {schema.SCHEMA_VERSION}. Use the "
+            f"Viewpoint that wrote it, or ingest the source again into a new store."
+        )
+    attributes = _parse(
+        StoreAttributes, json.dumps(found_attributes[_ATTRIBUTES_KEY]).encode(), f"{folder.url}/zarr.json"
+    )
+    return attributes, tuple(found_attributes[_FIELDS_KEY])
+
+
+def _read_teacher(folder: ObjectFolder, key: str) -> TeacherAttributes:
+    name = f"{_TEACHERS_FOLDER}/{key}/zarr.json"
+    document = json.loads(folder.read(name))
+    return _parse(TeacherAttributes, json.dumps(document["attributes"][_TEACHER_KEY]).encode(), f"{folder.url}/{name}")
+
+
+def _parse(model: type[Model], content: bytes, where: str) -> Model:
+    try:
+        return model.model_validate_json(content)
+    except ValidationError as error:
+        raise StoreError(f"{where} is damaged or from another version of Viewpoint: {error}") from error
+
+
+def _write_array_documents(store: Store, scope: str) -> None:
+    for stored in store.fields_of(scope):
+        if not store.folder.exists(f"{stored.path}/zarr.json"):
+            store.folder.create(f"{stored.path}/zarr.json", stored.metadata_document())
+
+
+def _group_document(attributes: Mapping[str, Any]) -> bytes:
+    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}, indent=2).encode()
+
+
+def _refuse_difference(
+    url: str, found: StoreAttributes, asked: StoreAttributes, found_fields: Sequence[str], asked_fields: Sequence[str]
+) -> None:
+    differences = _differences(found, asked)
+    if tuple(found_fields) != tuple(asked_fields):
+        differences = "; ".join(
+            filter(None, [differences, f"fields: {', '.join(found_fields)} there, {', '.join(asked_fields)} asked for"])
+        )
+    if differences:
+        raise StoreError(
+            f"{url} already holds another store ({differences}). Go on with the options it was started with, choose "
+            f"another URL, or remove it."
+        )
+
+
+def _differences(found: BaseModel, asked: BaseModel) -> str:
+    """`name: this there, that asked for`, for each property that differs."""
+    there, wanted = found.model_dump(mode="json"), asked.model_dump(mode="json")
+    return "; ".join(
+        f"{name}: {_shortened(there[name])} there, {_shortened(wanted[name])} asked for"
+        for name in there
+        if there[name] != wanted[name]
+    )
+
+
+def _shortened(value: object, length: int = 80) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= length else text[: length - 3] + "..."

@@ -1,0 +1,263 @@
+"""Objects below one URL, on local disk or in an object store: each is read and put whole, or created once.
+
+A name is a path below the URL, with slashes. A put is atomic: whoever reads sees the old object, the new one or none, even
+when the writer is killed. `create` is how processes agree: of many that create the same name, one wins.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Final, TypeGuard
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from datastore.errors import AskedWrongly, DoNotRetry, StoreError
+
+DRAFTS_FOLDER: Final = "_viewpoint/drafts"
+"""Where local objects are written before they are moved to their place; below the root, so that it is the same disk."""
+
+_DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CONFLICT, _PRECONDITION_FAILED = 409, 412
+_CREATE_ATTEMPTS: Final = 5
+
+
+class ObjectFolder:
+    """The objects below one URL."""
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        self.url = os.fspath(url).rstrip("/")
+
+    @cached_property
+    def _filesystem(self) -> fsspec.AbstractFileSystem:
+        return self._resolved[0]
+
+    @cached_property
+    def root(self) -> str:
+        """The URL without its protocol, as fsspec names it."""
+        return str(self._resolved[1]).rstrip("/")
+
+    @cached_property
+    def _resolved(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        try:
+            # other processes write here at the same time: a remembered listing would be a wrong one
+            filesystem, path = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+        except ImportError as error:
+            raise DoNotRetry(
+                f"{self.url}: {error}. Install that package, or use a local path or an s3:// URL."
+            ) from error
+        except ValueError as error:
+            raise AskedWrongly(f"{self.url}: {error}. Use a local path, s3://BUCKET/PATH or memory://NAME.") from error
+        return filesystem, path
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the folder lies on this machine's disk."""
+        return isinstance(self._filesystem, LocalFileSystem)
+
+    @property
+    def local_path(self) -> Path:
+        """The folder as a path; only where `is_local`."""
+        assert self.is_local, f"{self.url} is not on a local disk"
+        return Path(self.root)
+
+    def read(self, name: str) -> bytes:
+        """One object's content; FileNotFoundError where there is none."""
+        content: bytes = self._filesystem.cat_file(self._path(name))
+        return content
+
+    def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
+        """The content of those objects that exist, many requests at a time where that is possible."""
+        if not names:
+            return {}
+        paths = {self._path(name): name for name in names}
+        found = self._filesystem.cat(list(paths), on_error="return")
+        if isinstance(found, bytes):  # fsspec gives the bare content for a list of one on some file systems
+            found = {next(iter(paths)): found}
+        contents: dict[str, bytes] = {}
+        for path, content in found.items():
+            if isinstance(content, FileNotFoundError):
+                continue
+            if isinstance(content, BaseException):
+                raise content
+            contents[paths[path]] = content
+        return contents
+
+    def size(self, name: str) -> int | None:
+        """Bytes of one object; None where there is none."""
+        try:
+            return int(self._filesystem.size(self._path(name)))
+        except FileNotFoundError:
+            return None
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such an object."""
+        return bool(self._filesystem.isfile(self._path(name)))
+
+    def names(self, folder: str = "") -> list[str]:
+        """Last parts of the names right below a folder, sorted; empty where there is no such folder."""
+        path = self._path(folder)
+        self._filesystem.invalidate_cache(path)
+        try:
+            found = self._filesystem.ls(path, detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        names = {str(entry).rstrip("/").rpartition("/")[2] for entry in found if str(entry).rstrip("/") != path}
+        return sorted(names - {""})
+
+    def pieces(self, name: str, piece_bytes: int) -> Iterator[bytes]:
+        """One object's content, a piece at a time; FileNotFoundError where there is none."""
+        with self._filesystem.open(self._path(name), "rb", block_size=piece_bytes) as file:
+            while piece := file.read(piece_bytes):
+                yield piece
+
+    def put(self, name: str, content: bytes) -> None:
+        """Writes one object whole, in place of what was there. It is on disk when this returns."""
+        if self.is_local:
+            self._put_local(name, content, only_if_absent=False)
+            return
+        with self._explained(name, len(content)):
+            self._filesystem.pipe_file(self._path(name), content)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Writes one object whole if there is none of that name; whether it did."""
+        if self.is_local:
+            return self._put_local(name, content, only_if_absent=True)
+        for _ in range(_CREATE_ATTEMPTS):
+            try:
+                with self._explained(name, len(content)):
+                    self._filesystem.pipe_file(self._path(name), content, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:
+                status = _http_status(error)
+                if status == _PRECONDITION_FAILED:
+                    return False
+                if status != _CONFLICT:
+                    raise
+                time.sleep(0.1)  # another create of this name is under way: see who won
+            else:
+                return True
+        if self.exists(name):
+            return False
+        raise DoNotRetry(
+            f"{self.url}/{name} could not be created: the server reported a conflict {_CREATE_ATTEMPTS} times."
+        )
+
+    def remove(self, name: str) -> None:
+        """Removes one object if it is there."""
+        with suppress(FileNotFoundError):
+            self._filesystem.rm_file(self._path(name))
+
+    def remove_abandoned_drafts(self) -> None:
+        """Removes what killed writers left half written. Drafts of living writers stay: those hold a lock on them."""
+        if not self.is_local:
+            return
+        for path in self.local_path.joinpath(DRAFTS_FOLDER).glob("*"):
+            with suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}" if name else self.root
+
+    def _put_local(self, name: str, content: bytes, *, only_if_absent: bool) -> bool:
+        path = self.local_path / name
+        drafts = self.local_path / DRAFTS_FOLDER
+        with self._explained(name, len(content)):
+            drafts.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft, descriptor = _locked_draft(drafts)
+            try:
+                _write_whole(descriptor, content)
+                # the commit record must not reach the disk before the shards that it vouches for
+                os.fsync(descriptor)
+                if not only_if_absent:
+                    draft.replace(path)
+                else:
+                    try:
+                        path.hardlink_to(draft)
+                    except FileExistsError:
+                        return False
+                _sync_folder(path.parent)
+            finally:
+                draft.unlink(missing_ok=True)
+                os.close(descriptor)
+        return True
+
+    @contextmanager
+    def _explained(self, name: str, num_bytes: int) -> Iterator[None]:
+        """Turns a full disk and a refused access into errors that say how to go on."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _DISK_FULL:
+                free = (
+                    f"{shutil.disk_usage(self.local_path).free:,} bytes are free"
+                    if self.is_local
+                    else "the server has no room"
+                )
+                raise DoNotRetry(
+                    f"No room for {self.url}/{name} ({num_bytes:,} bytes; {free}): {error.strerror}. What was committed "
+                    f"is safe. Make room, or raise the quota or file size limit, and run the same command again: it "
+                    f"goes on."
+                ) from error
+            if isinstance(error, PermissionError):
+                raise StoreError(
+                    f"{self.url}/{name} may not be written: {error}. Check the permissions, or the credentials in the "
+                    f"environment."
+                ) from error
+            raise
+
+
+def _locked_draft(folder: Path) -> tuple[Path, int]:
+    """A new empty file, and its descriptor holding a lock that ends with this process, however it ends."""
+    while True:
+        path = folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:  # else a cleaner came between the two calls and took it for abandoned
+            return path, descriptor
+        os.close(descriptor)
+
+
+def _write_whole(descriptor: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _http_status(error: BaseException | None) -> int | None:
+    """The HTTP status behind an error: servers differ in the exception that a refusal becomes, not in the status."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if _is_mapping(response):
+            metadata = response.get("ResponseMetadata")
+            if _is_mapping(metadata) and isinstance(metadata.get("HTTPStatusCode"), int):
+                return int(str(metadata["HTTPStatusCode"]))
+        for attribute in ("status", "status_code", "code"):
+            value = getattr(error, attribute, None)
+            if isinstance(value, int):
+                return value
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _is_mapping(value: object) -> TypeGuard[dict[str, object]]:
+    return isinstance(value, dict)

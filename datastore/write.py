@@ -1,0 +1,396 @@
+"""Fills a store block by block, so that a writer may be killed at any moment and any number may work at once.
+
+A writer encodes the shards of a block in memory, puts each as one whole object, and creates the block's commit record last. The
+record carries size and checksum of every shard. Nothing else tells a finished block from an unfinished one: what a killed
+writer left has no record and is overwritten by whoever does the block next. `publish` gathers the records into the next
+manifest, which is what readers see.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+import google_crc32c
+import numpy as np
+import zarr
+from pydantic import BaseModel, NonNegativeInt
+from zarr.storage import MemoryStore
+
+from datastore import schema
+from datastore.errors import AskedWrongly, StoreError, ViewpointError
+from datastore.layout import (
+    INGEST,
+    Manifest,
+    QuarantinedRow,
+    ScopeManifest,
+    ShardSums,
+    Store,
+    StoredField,
+    commit_name,
+    commit_numbers,
+    manifest_name,
+    newest_manifest,
+)
+from datastore.objects import ObjectFolder
+
+_EMPTY_CHUNK: Final = 2**64 - 1
+"""Offset and length by which a shard's index marks a chunk that is not there (zarr's sharding codec)."""
+
+_VERIFY_PIECE_BYTES: Final = 8 * 2**20
+_VERIFY_THREADS: Final = 4
+_LONGEST_REASON: Final = 300
+
+
+class CommitRecord(BaseModel, extra="forbid", frozen=True):
+    """What a finished block consists of."""
+
+    shards: dict[str, tuple[tuple[NonNegativeInt, NonNegativeInt], ...]]  # by field: size and crc32c of each shard
+    quarantine: dict[str, tuple[int, ...]] = {}  # rows that hold no shape, by reason
+
+
+class BlockWriter:
+    """Writes blocks of one scope. Any number of writers may work on one store, best on different parts."""
+
+    def __init__(self, store: Store, scope: str = INGEST) -> None:
+        self.store = store
+        self.scope = scope
+        self.fields = store.fields_of(scope)
+        store.folder.remove_abandoned_drafts()
+
+    def pending(self, part: tuple[int, int] = (0, 1)) -> list[int]:
+        """Blocks of part i of n that nobody has finished. A teacher's are those that are ingested."""
+        index, count = part
+        if not 0 <= index < count:
+            raise AskedWrongly(f"There is no part {index} of {count}: parts are 0/{count} to {count - 1}/{count}.")
+        blocks = range(self.store.num_blocks) if self.scope == INGEST else self.store.manifest.scope(INGEST).blocks
+        committed = set(commit_numbers(self.store.folder, self.scope))
+        return [block for block in blocks if block % count == index and block not in committed]
+
+    def open_block(self, block: int) -> "OpenBlock":
+        """A block to be filled a few rows at a time, which keeps little in memory."""
+        return OpenBlock(self, block)
+
+    def write(self, block: int, arrays: Mapping[str, np.ndarray], quarantine: Sequence[QuarantinedRow] = ()) -> None:
+        """Writes and commits a block whose rows are all at hand."""
+        opened = self.open_block(block)
+        opened.append(arrays)
+        opened.commit(quarantine)
+
+
+class OpenBlock:
+    """A block while it is written: `append` rows in order, then `commit`. Abandoned before that, it leaves no trace."""
+
+    def __init__(self, writer: BlockWriter, block: int) -> None:
+        self._folder = writer.store.folder
+        self._where = f"block {block} of {writer.scope!r} in {writer.store.url}"
+        self._record_name = commit_name(writer.scope, block)
+        self._first, self._end = writer.store.block_range(block)
+        assert 0 <= self._first < self._end, f"there is no {self._where}"
+        self._shards = {stored.field.name: _ShardBuilder(stored, self._first, self._end) for stored in writer.fields}
+        self._sums: dict[str, list[tuple[int, int]]] = {name: [] for name in self._shards}
+        self._next_row = self._first
+        self._split: list[np.ndarray] = []
+
+    def append(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Takes the next rows of every field, and puts the shards that they complete."""
+        lengths = self._checked_lengths(arrays)
+        self._next_row += lengths
+        if self._next_row > self._end:
+            raise StoreError(
+                f"{self._where} has rows {self._first} to {self._end - 1}; got rows up to {self._next_row - 1}."
+            )
+        if "split" in arrays:
+            self._split.append(arrays["split"].copy())
+        for name, builder in self._shards.items():
+            for shard_name, content in builder.add(arrays[name]):
+                self._put_shard(name, shard_name, content)
+
+    def commit(self, quarantine: Sequence[QuarantinedRow] = ()) -> None:
+        """Says that the block is complete. `quarantine` names every row whose split is QUARANTINED, and why."""
+        if self._next_row != self._end:
+            raise StoreError(
+                f"{self._where} has rows {self._first} to {self._end - 1}; got {self._next_row - self._first}."
+            )
+        if self._split:
+            empty = {
+                self._first + int(row) for row in np.flatnonzero(np.concatenate(self._split) == schema.QUARANTINED)
+            }
+            named = {entry.row for entry in quarantine}
+            if empty != named:
+                raise StoreError(
+                    f"{self._where}: rows {sorted(empty ^ named)[:5]} are in quarantine by their split or by the list of "
+                    f"reasons, but not by both."
+                )
+        record = CommitRecord(
+            shards={name: tuple(sums) for name, sums in self._sums.items()},
+            quarantine=_rows_by_reason((entry.row, entry.reason) for entry in quarantine),
+        )
+        if not self._folder.create(self._record_name, record.model_dump_json().encode()):
+            self._yield_to_other(record)
+
+    def _put_shard(self, field: str, shard_name: str, content: bytes) -> None:
+        self._sums[field].append((len(content), _crc32c(content)))
+        # another writer may have finished the block meanwhile: what it vouched for stays as it is
+        if not self._folder.exists(self._record_name):
+            self._folder.put(shard_name, content)
+
+    def _yield_to_other(self, ours: CommitRecord) -> None:
+        """Another writer committed the block first. Its result stands, unless a late shard of ours went over it."""
+        theirs = _read_record(self._folder, self._record_name)
+        if theirs.shards == ours.shards:
+            return
+        damaged = [
+            name
+            for field, sums in theirs.shards.items()
+            for name, sizes_and_sums in zip(self._shards[field].shard_names, sums, strict=True)
+            if _crc32c(self._folder.read(name)) != sizes_and_sums[1]
+        ]
+        if damaged:
+            self._folder.remove(self._record_name)
+            raise ViewpointError(
+                f"Two writers with different results worked on {self._where}, and one wrote over the other ({damaged[0]}). "
+                f"The block is marked as unfinished again: the same command redoes it. Give every process a part of its own "
+                f"(`--part i/n`)."
+            )
+
+    def _checked_lengths(self, arrays: Mapping[str, np.ndarray]) -> int:
+        if arrays.keys() != self._shards.keys():
+            wrong = sorted(arrays.keys() ^ self._shards.keys())
+            raise StoreError(
+                f"{self._where} takes {', '.join(self._shards)}; {', '.join(wrong)} is missing or too many."
+            )
+        for name, array in arrays.items():
+            stored = self._shards[name].stored
+            if array.shape[1:] != stored.row_shape:
+                raise StoreError(f"{self._where}: a row of {name} has shape {stored.row_shape}, not {array.shape[1:]}.")
+            if array.dtype.kind not in "TOU" if stored.field.dtype == "string" else array.dtype != stored.field.dtype:
+                raise StoreError(f"{self._where}: {name} is {stored.field.dtype}, not {array.dtype}.")
+        lengths = {len(array) for array in arrays.values()}
+        if len(lengths) != 1:
+            raise StoreError(f"{self._where}: fields came with different numbers of rows, {sorted(lengths)}.")
+        return lengths.pop()
+
+
+class _ShardBuilder:
+    """Turns rows of one field into shard objects, chunk by chunk: only encoded chunks wait for their shard to fill up."""
+
+    def __init__(self, stored: StoredField, first_row: int, end_row: int) -> None:
+        self.stored = stored
+        self._next_shard = first_row // stored.shard_rows
+        self._rows_left = end_row - first_row
+        self._rows: list[np.ndarray] = []
+        self._chunks: list[bytes] = []
+        self.shard_names = [
+            stored.shard_name(shard) for shard in range(self._next_shard, -(-end_row // stored.shard_rows))
+        ]
+
+    def add(self, rows: np.ndarray) -> Iterator[tuple[str, bytes]]:
+        """Name and content of each shard that these rows complete."""
+        self._rows_left -= len(rows)
+        self._rows.append(rows)
+        while self._waiting >= self.stored.chunk_rows or (self._rows_left == 0 and self._waiting):
+            self._chunks.append(self._encode_chunk(self._take(self.stored.chunk_rows)))
+            last = self._rows_left == 0 and not self._waiting
+            if last or len(self._chunks) == self.stored.shard_rows // self.stored.chunk_rows:
+                yield self.stored.shard_name(self._next_shard), self._close_shard()
+
+    @property
+    def _waiting(self) -> int:
+        return sum(map(len, self._rows))
+
+    def _take(self, count: int) -> np.ndarray:
+        rows = np.concatenate(self._rows) if len(self._rows) > 1 else self._rows[0]
+        self._rows = [rows[count:]]
+        return rows[:count]
+
+    def _encode_chunk(self, rows: np.ndarray) -> bytes:
+        """One chunk as zarr encodes it. The last chunk of an array is filled up, as zarr does."""
+        stored = self.stored
+        objects: dict[str, Any] = {}
+        shape = (stored.chunk_rows, *stored.stored_row_shape)
+        array = zarr.create_array(
+            MemoryStore(objects),
+            shape=shape,
+            dtype=stored.stored_dtype,
+            chunks=shape,
+            compressors=stored.compressors() or None,
+            fill_value=stored.fill_value,
+            # a chunk of nothing but fill values is data too: left out, it could not be told from a lost one
+            config={"write_empty_chunks": True},
+        )
+        array[: len(rows)] = stored.encode(rows)
+        content: bytes = objects["/".join(["c", *("0" for _ in shape)])].to_bytes()
+        return content
+
+    def _close_shard(self) -> bytes:
+        """The shard object: the chunks one after the other, then where each lies, then the checksum of that index."""
+        lengths = np.array([len(chunk) for chunk in self._chunks], dtype="<u8")
+        index = np.full((self.stored.shard_rows // self.stored.chunk_rows, 2), _EMPTY_CHUNK, dtype="<u8")
+        index[: len(lengths), 0] = np.cumsum(lengths) - lengths
+        index[: len(lengths), 1] = lengths
+        index_bytes = index.tobytes()
+        content = b"".join([*self._chunks, index_bytes, _crc32c(index_bytes).to_bytes(4, "little")])
+        self._chunks = []
+        self._next_shard += 1
+        return content
+
+
+def publish(store: Store) -> Manifest:
+    """The manifest of everything that is committed by now: a new one, or the newest if it already says so."""
+    while True:
+        # the order matters: what a lower number saw committed, a higher number, which looked later, sees too
+        newest = newest_manifest(store.folder)
+        scopes = {scope: _gather(store, scope) for scope in _scopes(store)}
+        scopes = {scope: gathered for scope, gathered in scopes.items() if gathered.block_ranges}
+        if scopes == newest.scopes:
+            return newest
+        manifest = Manifest(number=newest.number + 1, scopes=scopes)
+        if store.folder.create(manifest_name(manifest.number), manifest.model_dump_json().encode()):
+            return manifest
+
+
+def withdraw(store: Store, scope: str, blocks: Sequence[int]) -> Manifest:
+    """The manifest without the given blocks: they count as unfinished, and the next writer does them again."""
+    for block in blocks:
+        store.folder.remove(commit_name(scope, block))
+    return publish(store)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A shard that is not what the manifest says."""
+
+    scope: str
+    block: int
+    problem: str
+
+
+def find_damage(store: Store, on_checked: Callable[[int], None] | None = None) -> list[Damage]:
+    """Every shard that is missing, of a wrong size or of a wrong checksum. `on_checked` hears how many bytes are done."""
+    shards = list(_published_shards(store))
+    damages: list[Damage] = []
+    checked_bytes = 0
+    with ThreadPoolExecutor(_VERIFY_THREADS) as pool:
+        problems = pool.map(lambda shard: _shard_problem(store.folder, shard), shards)
+        for shard, problem in zip(shards, problems, strict=True):
+            checked_bytes += shard.size
+            if on_checked is not None:
+                on_checked(checked_bytes)
+            if problem:
+                damages.append(Damage(shard.scope, shard.block, problem))
+    return damages
+
+
+def verify(store: Store, on_checked: Callable[[int], None] | None = None) -> list[str]:
+    """What is wrong with the store's objects, one line each; empty if all are as they were written."""
+    problems = [damage.problem for damage in find_damage(store, on_checked)]
+    for scope in (scope for scope in _scopes(store) if store.manifest.scope(scope).block_ranges):
+        for stored in store.fields_of(scope):
+            name = f"{stored.path}/zarr.json"
+            if not store.folder.exists(name):
+                problems.append(f"{name} is missing")
+            elif json.loads(store.folder.read(name)) != json.loads(stored.metadata_document()):
+                problems.append(f"{name} is not what this store's attributes ask for")
+    return problems
+
+
+@dataclass(frozen=True)
+class _PublishedShard:
+    scope: str
+    block: int
+    name: str
+    rows: tuple[int, int]
+    size: int
+    crc32c: int
+
+
+def _published_shards(store: Store) -> Iterator[_PublishedShard]:
+    for scope, published in store.manifest.scopes.items():
+        for stored in store.fields_of(scope):
+            sums = published.shards[stored.field.name]
+            for shard, (size, crc32c) in enumerate(zip(sums.sizes, sums.crc32c, strict=True)):
+                if size:
+                    first = shard * stored.shard_rows
+                    rows = first, min(first + stored.shard_rows, stored.num_rows)
+                    block = first // store.attributes.block_rows
+                    yield _PublishedShard(scope, block, stored.shard_name(shard), rows, size, crc32c)
+
+
+def _shard_problem(folder: ObjectFolder, shard: _PublishedShard) -> str | None:
+    where = f"{shard.name} (rows {shard.rows[0]} to {shard.rows[1] - 1})"
+    size, crc32c = 0, 0
+    try:
+        for piece in folder.pieces(shard.name, _VERIFY_PIECE_BYTES):
+            size += len(piece)
+            crc32c = google_crc32c.extend(crc32c, piece)
+    except FileNotFoundError:
+        return f"{where} is missing"
+    if size != shard.size:
+        return f"{where} has {size:,} bytes, its manifest says {shard.size:,}"
+    if crc32c != shard.crc32c:
+        return f"{where} has checksum {crc32c:08x}, its manifest says {shard.crc32c:08x}"
+    return None
+
+
+def _scopes(store: Store) -> list[str]:
+    """Every scope that the store has, whoever added it since it was opened."""
+    return [INGEST, *(f"teachers/{name}" for name in store.folder.names("teachers") if "@" in name)]
+
+
+def _gather(store: Store, scope: str) -> ScopeManifest:
+    """What the commit records of a scope say together."""
+    blocks = commit_numbers(store.folder, scope)
+    if not blocks:
+        return ScopeManifest()
+    names = {commit_name(scope, block): block for block in blocks}
+    contents = store.folder.read_all(list(names))
+    records = {names[name]: _parse_record(content, name) for name, content in sorted(contents.items())}
+    shards: dict[str, ShardSums] = {}
+    for stored in store.fields_of(scope):
+        sizes, sums = [0] * stored.num_shards, [0] * stored.num_shards
+        for block, record in records.items():
+            first = block * store.attributes.block_rows // stored.shard_rows
+            for offset, (size, crc32c) in enumerate(record.shards[stored.field.name]):
+                sizes[first + offset], sums[first + offset] = size, crc32c
+        shards[stored.field.name] = ShardSums(sizes=tuple(sizes), crc32c=tuple(sums))
+    quarantine = _rows_by_reason(
+        (row, reason) for record in records.values() for reason, rows in record.quarantine.items() for row in rows
+    )
+    return ScopeManifest(block_ranges=_as_ranges(sorted(records)), shards=shards, quarantine=quarantine)
+
+
+def _as_ranges(blocks: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    ranges: list[tuple[int, int]] = []
+    for block in blocks:
+        if ranges and ranges[-1][1] == block:
+            ranges[-1] = ranges[-1][0], block + 1
+        else:
+            ranges.append((block, block + 1))
+    return tuple(ranges)
+
+
+def _rows_by_reason(entries: Iterator[tuple[int, str]]) -> dict[str, tuple[int, ...]]:
+    """Thousands of shapes fail for few reasons: each reason is kept once."""
+    rows: dict[str, list[int]] = {}
+    for row, reason in entries:
+        rows.setdefault(reason[:_LONGEST_REASON], []).append(row)
+    return {reason: tuple(sorted(rows[reason])) for reason in sorted(rows)}
+
+
+def _read_record(folder: ObjectFolder, name: str) -> CommitRecord:
+    return _parse_record(folder.read(name), name)
+
+
+def _parse_record(content: bytes, name: str) -> CommitRecord:
+    try:
+        return CommitRecord.model_validate_json(content)
+    except ValueError as error:
+        raise StoreError(
+            f"{name} is damaged ({error}). Remove it and run the command that wrote it again: it redoes that block."
+        ) from error
+
+
+def _crc32c(content: bytes) -> int:
+    return int(google_crc32c.value(content))
