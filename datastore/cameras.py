@@ -1,9 +1,9 @@
 """Camera rigs: where the views of a shape are taken from, and where a point of the shape falls in them.
 
-World: right-handed, +Y up, the shape inside the unit ball around the origin. A camera at azimuth 0 and elevation 0 stands on
-+Z; azimuth turns it towards +X, elevation lifts it towards +Y. Every camera looks at the origin. Camera axes: x right,
-y down, z forward. Whole pixel coordinates are pixel centres, so rounding (column, row) names the pixel; (0, 0) is the
-top left one.
+World: right-handed, +Y up, the shape inside the unit ball around the origin. A camera at azimuth 0 and elevation 0
+stands on +Z; azimuth turns it towards +X, elevation lifts it towards +Y. Every camera looks at the origin. Camera axes:
+x right, y down, z forward. Whole pixel coordinates are pixel centres, so rounding (column, row) names the pixel; (0, 0)
+is the top left one.
 """
 
 import math

@@ -8,8 +8,8 @@ A store is a zarr v3 group with sharded arrays, axis 0 of each the rows:
     _viewpoint/commits/<scope>/<block>.json  one a finished block; scope is "ingest" or "teachers/<name>@<hash8>"
     _viewpoint/manifests/<number>.json       the blocks of all scopes that are complete; the newest is the store
 
-A block is `block_rows` rows of all fields of a scope, and what one writer finishes at a time. A reader opens one manifest
-and sees that one: shards that it does not name do not exist, whatever lies in the folders.
+A block is `block_rows` rows of all fields of a scope, and what one writer finishes at a time. A reader opens one
+manifest and sees that one: shards that it does not name do not exist, whatever lies in the folders.
 """
 
 import json
@@ -32,7 +32,7 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore
 from datastore import schema
 from datastore.cameras import CameraRig
 from datastore.errors import MissingField, StoreError
-from datastore.objects import ObjectFolder
+from datastore.objects import BOOKKEEPING_FOLDER, ObjectFolder
 
 INGEST: Final = "ingest"
 """The scope of everything that `viewpoint ingest` writes. The others are teachers: `teachers/<name>@<hash8>`."""
@@ -41,8 +41,8 @@ _ATTRIBUTES_KEY: Final = "viewpoint"
 _FIELDS_KEY: Final = "viewpoint_fields"
 _TEACHER_KEY: Final = "viewpoint_teacher"
 _TEACHERS_FOLDER: Final = "teachers"
-_COMMITS_FOLDER: Final = "_viewpoint/commits"
-_MANIFESTS_FOLDER: Final = "_viewpoint/manifests"
+_COMMITS_FOLDER: Final = f"{BOOKKEEPING_FOLDER}/commits"
+_MANIFESTS_FOLDER: Final = f"{BOOKKEEPING_FOLDER}/manifests"
 _FILL_VALUES: Final[Mapping[str, int]] = {"split": schema.QUARANTINED, "label": -1, "part_labels": -1}
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -241,7 +241,7 @@ class QuarantinedRow:
 
 
 def default_block_rows(num_rows: int) -> int:
-    """Rows a writer finishes at a time: about a sixteenth of a small corpus, so that little work is lost when it stops."""
+    """Rows a writer finishes at a time: about a sixteenth of a small corpus, so that a stop loses little work."""
     sixteenth = math.ceil(num_rows / 16)
     return min(1024, max(16, 1 << (sixteenth - 1).bit_length()))
 
@@ -486,8 +486,8 @@ def open_store(url: str | os.PathLike[str]) -> Store:
     store = _open(ObjectFolder(url))
     if store.manifest.number == 0:
         raise StoreError(
-            f"{store.url} is a store in which nothing is complete yet. Wait for `viewpoint ingest` to finish, or run the "
-            f"same command again: it goes on where it stopped."
+            f"{store.url} is a store in which nothing is complete yet. Wait for `viewpoint ingest` to finish, or run "
+            f"the same command again: it goes on where it stopped."
         )
     return store
 
@@ -498,6 +498,13 @@ def create_store(url: str | os.PathLike[str], attributes: StoreAttributes, field
     fields = tuple(name for name in schema.INGEST_FIELDS if name in set(fields))
     if not {"split", "id"} <= set(fields):
         raise StoreError(f"{folder.url}: every store has the fields split and id; asked for {', '.join(fields)}.")
+    # another creator's group is there before its arrays are, so a listing without it is not of a store in the making
+    present = set(folder.names()) - {BOOKKEEPING_FOLDER}
+    if present and "zarr.json" not in present:
+        raise StoreError(
+            f"{folder.url} is no store and not empty: it holds {_listing(sorted(present))}. Name a new folder for the "
+            f"store. The order is `viewpoint ingest SOURCE STORE`."
+        )
     document = _group_document({_ATTRIBUTES_KEY: attributes.model_dump(mode="json"), _FIELDS_KEY: list(fields)})
     # the group is created first and says everything: whoever comes second, or after a kill, completes the same arrays
     if not folder.create("zarr.json", document):
@@ -517,8 +524,8 @@ def create_teacher(store: Store, teacher: TeacherAttributes) -> str:
         found = _read_teacher(store.folder, teacher.key)
         if differences := _differences(found, teacher):
             raise StoreError(
-                f"{store.url}/{scope} was written by a teacher with other properties ({differences}). Remove that folder, "
-                f"or give the teacher another name."
+                f"{store.url}/{scope} was written by a teacher with other properties ({differences}). Remove that "
+                f"folder, or give the teacher another name."
             )
     _write_array_documents(store, scope)
     return scope
@@ -563,11 +570,9 @@ def _read_attributes(folder: ObjectFolder) -> tuple[StoreAttributes, tuple[str, 
     command = f"Write a store with `viewpoint ingest SOURCE {folder.url}`."
     try:
         document = json.loads(folder.read("zarr.json"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         names = folder.names()
-        found = (
-            f"It holds {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}." if names else "Nothing is there."
-        )
+        found = f"It holds {_listing(names)}." if names else "Nothing is there."
         raise StoreError(f"{folder.url} is no store: it has no zarr.json. {found} {command}") from None
     except json.JSONDecodeError as error:
         raise StoreError(
@@ -636,6 +641,10 @@ def _differences(found: BaseModel, asked: BaseModel) -> str:
         for name in there
         if there[name] != wanted[name]
     )
+
+
+def _listing(names: Sequence[str], length: int = 5) -> str:
+    return ", ".join(names[:length]) + (f" and {len(names) - length} more" if len(names) > length else "")
 
 
 def _shortened(value: object, length: int = 80) -> str:

@@ -1,7 +1,7 @@
 """Objects below one URL, on local disk or in an object store: each is read and put whole, or created once.
 
-A name is a path below the URL, with slashes. A put is atomic: whoever reads sees the old object, the new one or none, even
-when the writer is killed. `create` is how processes agree: of many that create the same name, one wins.
+A name is a path below the URL, with slashes. A put is atomic: whoever reads sees the old object, the new one or none,
+even when the writer is killed. `create` is how processes agree: of many that create the same name, one wins.
 """
 
 import errno
@@ -22,11 +22,15 @@ from fsspec.implementations.local import LocalFileSystem
 
 from datastore.errors import AskedWrongly, DoNotRetry, StoreError
 
-DRAFTS_FOLDER: Final = "_viewpoint/drafts"
+BOOKKEEPING_FOLDER: Final = "_viewpoint"
+"""Below a store's URL, what is no zarr: drafts, commit records, manifests."""
+
+DRAFTS_FOLDER: Final = f"{BOOKKEEPING_FOLDER}/drafts"
 """Where local objects are written before they are moved to their place; below the root, so that it is the same disk."""
 
 _DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_CONFLICT, _PRECONDITION_FAILED = 409, 412
+_NO_HARD_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_CONFLICT, _PRECONDITION_FAILED, _INSUFFICIENT_STORAGE = 409, 412, 507  # of HTTP
 _CREATE_ATTEMPTS: Final = 5
 
 
@@ -187,6 +191,14 @@ class ObjectFolder:
                         path.hardlink_to(draft)
                     except FileExistsError:
                         return False
+                    except OSError as error:
+                        if error.errno not in _NO_HARD_LINKS:
+                            raise
+                        raise DoNotRetry(
+                            f"{self.url} lies on a file system without hard links ({error.strerror}), and writers "
+                            f"agree on finished work by them. Use a local disk, a network file system with hard "
+                            f"links, or an s3:// URL instead of a mounted bucket."
+                        ) from error
                 _sync_folder(path.parent)
             finally:
                 draft.unlink(missing_ok=True)
@@ -199,16 +211,12 @@ class ObjectFolder:
         try:
             yield
         except OSError as error:
-            if error.errno in _DISK_FULL:
-                free = (
-                    f"{shutil.disk_usage(self.local_path).free:,} bytes are free"
-                    if self.is_local
-                    else "the server has no room"
-                )
+            if error.errno in _DISK_FULL or _http_status(error) == _INSUFFICIENT_STORAGE:
+                free = f"{_free_bytes(self.local_path):,} are free" if self.is_local else "the server has no room"
                 raise DoNotRetry(
-                    f"No room for {self.url}/{name} ({num_bytes:,} bytes; {free}): {error.strerror}. What was committed "
-                    f"is safe. Make room, or raise the quota or file size limit, and run the same command again: it "
-                    f"goes on."
+                    f"No room for {self.url}/{name} ({num_bytes:,} bytes; {free}): {error.strerror}. What was "
+                    f"committed is safe. Make room, or raise the quota or file size limit, and run the same command "
+                    f"again: it goes on where it stopped."
                 ) from error
             if isinstance(error, PermissionError):
                 raise StoreError(
@@ -227,6 +235,12 @@ def _locked_draft(folder: Path) -> tuple[Path, int]:
         if os.fstat(descriptor).st_nlink:  # else a cleaner came between the two calls and took it for abandoned
             return path, descriptor
         os.close(descriptor)
+
+
+def _free_bytes(path: Path) -> int:
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
 
 
 def _write_whole(descriptor: int, content: bytes) -> None:

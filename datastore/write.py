@@ -1,20 +1,22 @@
 """Fills a store block by block, so that a writer may be killed at any moment and any number may work at once.
 
-A writer encodes the shards of a block in memory, puts each as one whole object, and creates the block's commit record last. The
-record carries size and checksum of every shard. Nothing else tells a finished block from an unfinished one: what a killed
-writer left has no record and is overwritten by whoever does the block next. `publish` gathers the records into the next
-manifest, which is what readers see.
+A writer encodes the shards of a block in memory, puts each as one whole object, and creates the block's commit record
+last. The record carries size and checksum of every shard. Nothing else tells a finished block from an unfinished one:
+what a killed writer left has no record and is overwritten by whoever does the block next. `publish` gathers the
+records into the next manifest, which is what readers see.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import google_crc32c
 import numpy as np
 import zarr
+from numpy.dtypes import StringDType
 from pydantic import BaseModel, NonNegativeInt
 from zarr.storage import MemoryStore
 
@@ -120,8 +122,8 @@ class OpenBlock:
             named = {entry.row for entry in quarantine}
             if empty != named:
                 raise StoreError(
-                    f"{self._where}: rows {sorted(empty ^ named)[:5]} are in quarantine by their split or by the list of "
-                    f"reasons, but not by both."
+                    f"{self._where}: rows {sorted(empty ^ named)[:5]} are in quarantine by their split or by the list "
+                    f"of reasons, but not by both."
                 )
         record = CommitRecord(
             shards={name: tuple(sums) for name, sums in self._sums.items()},
@@ -150,9 +152,9 @@ class OpenBlock:
         if damaged:
             self._folder.remove(self._record_name)
             raise ViewpointError(
-                f"Two writers with different results worked on {self._where}, and one wrote over the other ({damaged[0]}). "
-                f"The block is marked as unfinished again: the same command redoes it. Give every process a part of its own "
-                f"(`--part i/n`)."
+                f"Two writers with different results worked on {self._where}, and one wrote over the other "
+                f"({damaged[0]}). The block counts as unfinished again: the same command redoes it. Give every process "
+                f"a part of its own (`--part i/n`)."
             )
 
     def _checked_lengths(self, arrays: Mapping[str, np.ndarray]) -> int:
@@ -174,13 +176,13 @@ class OpenBlock:
 
 
 class _ShardBuilder:
-    """Turns rows of one field into shard objects, chunk by chunk: only encoded chunks wait for their shard to fill up."""
+    """Turns rows of one field into shard objects, chunk by chunk: what waits for its shard is encoded already."""
 
     def __init__(self, stored: StoredField, first_row: int, end_row: int) -> None:
         self.stored = stored
         self._next_shard = first_row // stored.shard_rows
         self._rows_left = end_row - first_row
-        self._rows: list[np.ndarray] = []
+        self._remainder = np.empty((0, *stored.row_shape), dtype=self._dtype)
         self._chunks: list[bytes] = []
         self.shard_names = [
             stored.shard_name(shard) for shard in range(self._next_shard, -(-end_row // stored.shard_rows))
@@ -189,39 +191,45 @@ class _ShardBuilder:
     def add(self, rows: np.ndarray) -> Iterator[tuple[str, bytes]]:
         """Name and content of each shard that these rows complete."""
         self._rows_left -= len(rows)
-        self._rows.append(rows)
-        while self._waiting >= self.stored.chunk_rows or (self._rows_left == 0 and self._waiting):
-            self._chunks.append(self._encode_chunk(self._take(self.stored.chunk_rows)))
-            last = self._rows_left == 0 and not self._waiting
-            if last or len(self._chunks) == self.stored.shard_rows // self.stored.chunk_rows:
+        waiting = np.concatenate([self._remainder, rows], dtype=self._dtype) if len(self._remainder) else rows
+        chunk_rows = self.stored.chunk_rows
+        end = len(waiting) if self._rows_left == 0 else len(waiting) // chunk_rows * chunk_rows
+        for start in range(0, end, chunk_rows):
+            self._chunks.append(self._encode_chunk(waiting[start : start + chunk_rows]))
+            is_last = self._rows_left == 0 and start + chunk_rows >= end
+            if is_last or len(self._chunks) == self.stored.shard_rows // chunk_rows:
                 yield self.stored.shard_name(self._next_shard), self._close_shard()
+        self._remainder = waiting[end:].astype(self._dtype)  # a copy: the caller may use its memory for the next rows
 
     @property
-    def _waiting(self) -> int:
-        return sum(map(len, self._rows))
+    def _dtype(self) -> np.dtype[Any]:
+        dtype: np.dtype[Any] = (
+            StringDType() if self.stored.field.dtype == "string" else np.dtype(self.stored.field.dtype)
+        )
+        return dtype
 
-    def _take(self, count: int) -> np.ndarray:
-        rows = np.concatenate(self._rows) if len(self._rows) > 1 else self._rows[0]
-        self._rows = [rows[count:]]
-        return rows[:count]
-
-    def _encode_chunk(self, rows: np.ndarray) -> bytes:
-        """One chunk as zarr encodes it. The last chunk of an array is filled up, as zarr does."""
-        stored = self.stored
+    @cached_property
+    def _chunk_array(self) -> tuple[zarr.Array[Any], dict[str, Any]]:
+        """A zarr array of one chunk, encoded like those inside our shards, and the objects that it keeps."""
         objects: dict[str, Any] = {}
-        shape = (stored.chunk_rows, *stored.stored_row_shape)
+        shape = (self.stored.chunk_rows, *self.stored.stored_row_shape)
         array = zarr.create_array(
             MemoryStore(objects),
             shape=shape,
-            dtype=stored.stored_dtype,
+            dtype=self.stored.stored_dtype,
             chunks=shape,
-            compressors=stored.compressors() or None,
-            fill_value=stored.fill_value,
+            compressors=self.stored.compressors() or None,
+            fill_value=self.stored.fill_value,
             # a chunk of nothing but fill values is data too: left out, it could not be told from a lost one
             config={"write_empty_chunks": True},
         )
-        array[: len(rows)] = stored.encode(rows)
-        content: bytes = objects["/".join(["c", *("0" for _ in shape)])].to_bytes()
+        return array, objects
+
+    def _encode_chunk(self, rows: np.ndarray) -> bytes:
+        """One chunk as zarr encodes it. The last chunk of an array is filled up, as zarr does."""
+        array, objects = self._chunk_array
+        array[: len(rows)] = self.stored.encode(rows)
+        content: bytes = objects.pop("/".join(["c", *("0" for _ in array.shape)])).to_bytes()
         return content
 
     def _close_shard(self) -> bytes:
@@ -268,7 +276,7 @@ class Damage:
 
 
 def find_damage(store: Store, on_checked: Callable[[int], None] | None = None) -> list[Damage]:
-    """Every shard that is missing, of a wrong size or of a wrong checksum. `on_checked` hears how many bytes are done."""
+    """Every shard that is missing or has a wrong size or checksum. `on_checked` hears how many bytes are done."""
     shards = list(_published_shards(store))
     damages: list[Damage] = []
     checked_bytes = 0
