@@ -85,6 +85,7 @@ class OpenBlock:
     """A block while it is written: `append` rows in order, then `commit`. Abandoned before that, it leaves no trace."""
 
     def __init__(self, writer: BlockWriter, block: int) -> None:
+        self._store, self._scope, self._block = writer.store, writer.scope, block
         self._folder = writer.store.folder
         self._where = f"block {block} of {writer.scope!r} in {writer.store.url}"
         self._record_name = commit_name(writer.scope, block)
@@ -93,7 +94,7 @@ class OpenBlock:
         self._shards = {stored.field.name: _ShardBuilder(stored, self._first, self._end) for stored in writer.fields}
         self._sums: dict[str, list[tuple[int, int]]] = {name: [] for name in self._shards}
         self._next_row = self._first
-        self._split: list[np.ndarray] = []
+        self._kept: dict[str, list[np.ndarray]] = {name: [] for name in ("split", "id") if name in self._shards}
 
     def append(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Takes the next rows of every field, and puts the shards that they complete."""
@@ -103,8 +104,8 @@ class OpenBlock:
             raise StoreError(
                 f"{self._where} has rows {self._first} to {self._end - 1}; got rows up to {self._next_row - 1}."
             )
-        if "split" in arrays:
-            self._split.append(arrays["split"].copy())
+        for name, kept in self._kept.items():
+            kept.append(arrays[name].copy())
         for name, builder in self._shards.items():
             for shard_name, content in builder.add(arrays[name]):
                 self._put_shard(name, shard_name, content)
@@ -115,22 +116,30 @@ class OpenBlock:
             raise StoreError(
                 f"{self._where} has rows {self._first} to {self._end - 1}; got {self._next_row - self._first}."
             )
-        if self._split:
-            empty = {
-                self._first + int(row) for row in np.flatnonzero(np.concatenate(self._split) == schema.QUARANTINED)
-            }
-            named = {entry.row for entry in quarantine}
-            if empty != named:
-                raise StoreError(
-                    f"{self._where}: rows {sorted(empty ^ named)[:5]} are in quarantine by their split or by the list "
-                    f"of reasons, but not by both."
-                )
+        if self._kept:
+            self._check_quarantine(quarantine)
         record = CommitRecord(
             shards={name: tuple(sums) for name, sums in self._sums.items()},
             quarantine=_rows_by_reason((entry.row, entry.reason) for entry in quarantine),
         )
         if not self._folder.create(self._record_name, record.model_dump_json().encode()):
             self._yield_to_other(record)
+
+    def _check_quarantine(self, quarantine: Sequence[QuarantinedRow]) -> None:
+        """Rows without a shape and the list of reasons must agree: readers go by the one, people by the other."""
+        split, ids = np.concatenate(self._kept["split"]), np.concatenate(self._kept["id"])
+        empty = {self._first + int(offset) for offset in np.flatnonzero(split == schema.QUARANTINED)}
+        if differing := sorted(empty ^ {entry.row for entry in quarantine}):
+            raise StoreError(
+                f"{self._where}: rows {differing[:5]} are in quarantine by their split or by the list of reasons, but "
+                f"not by both."
+            )
+        for entry in quarantine:
+            if entry.id != ids[entry.row - self._first]:
+                raise StoreError(
+                    f"{self._where}: row {entry.row} is {ids[entry.row - self._first]!r} by the field id, but "
+                    f"{entry.id!r} in quarantine."
+                )
 
     def _put_shard(self, field: str, shard_name: str, content: bytes) -> None:
         self._sums[field].append((len(content), _crc32c(content)))
@@ -146,11 +155,11 @@ class OpenBlock:
         damaged = [
             name
             for field, sums in theirs.shards.items()
-            for name, sizes_and_sums in zip(self._shards[field].shard_names, sums, strict=True)
-            if _crc32c(self._folder.read(name)) != sizes_and_sums[1]
+            for name, expected in zip(self._shards[field].shard_names, sums, strict=True)
+            if _size_and_crc32c(self._folder, name) != expected
         ]
         if damaged:
-            self._folder.remove(self._record_name)
+            withdraw(self._store, self._scope, [self._block])
             raise ViewpointError(
                 f"Two writers with different results worked on {self._where}, and one wrote over the other "
                 f"({damaged[0]}). The block counts as unfinished again: the same command redoes it. Give every process "
@@ -328,18 +337,26 @@ def _published_shards(store: Store) -> Iterator[_PublishedShard]:
 
 def _shard_problem(folder: ObjectFolder, shard: _PublishedShard) -> str | None:
     where = f"{shard.name} (rows {shard.rows[0]} to {shard.rows[1] - 1})"
-    size, crc32c = 0, 0
-    try:
-        for piece in folder.pieces(shard.name, _VERIFY_PIECE_BYTES):
-            size += len(piece)
-            crc32c = google_crc32c.extend(crc32c, piece)
-    except FileNotFoundError:
+    found = _size_and_crc32c(folder, shard.name)
+    if found is None:
         return f"{where} is missing"
+    size, crc32c = found
     if size != shard.size:
         return f"{where} has {size:,} bytes, its manifest says {shard.size:,}"
     if crc32c != shard.crc32c:
         return f"{where} has checksum {crc32c:08x}, its manifest says {shard.crc32c:08x}"
     return None
+
+
+def _size_and_crc32c(folder: ObjectFolder, name: str) -> tuple[int, int] | None:
+    size, crc32c = 0, 0
+    try:
+        for piece in folder.pieces(name, _VERIFY_PIECE_BYTES):
+            size += len(piece)
+            crc32c = int(google_crc32c.extend(crc32c, piece))
+    except FileNotFoundError:
+        return None
+    return size, crc32c
 
 
 def _scopes(store: Store) -> list[str]:
