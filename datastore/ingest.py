@@ -1,0 +1,359 @@
+"""Stage: shapes become rows of a store, with views, depth and visibility. Run again, it does what is missing.
+
+    source -> tasks -> worker processes (read, sample, render) -> rows in order -> one writer thread -> blocks
+
+The rows of a block are written in order, whoever makes them first: the same source gives the same store for any number
+of workers and after any number of kills.
+"""
+
+import argparse
+import json
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+import numpy as np
+
+from datastore.cameras import RIG_NAMES, CameraRig, rig_by_name
+from datastore.errors import EXIT_DONE, AskedWrongly, SourceError, Stopped
+from datastore.layout import (
+    INGEST,
+    QuarantinedRow,
+    Store,
+    StoreAttributes,
+    create_store,
+    default_block_rows,
+)
+from datastore.process_pool import Died, ProcessPool
+from datastore.progress import Progress, format_seconds
+from datastore.schema import INGEST_FIELDS
+from datastore.shape_row import Broken, Row, RowMaker
+from datastore.sources import ShapeReference, Source, open_source
+from datastore.stopping import stop_asked
+from datastore.write import BlockWriter, OpenBlock, publish
+
+HELP = "turn shapes into a store: points, views, depth, visibility"
+
+_MEMORY_BUDGET_BYTES: Final = 256 * 2**20
+"""For rows that wait for a slower one before them; workers rest when it is used up."""
+
+_APPEND_ROWS: Final = 16  # rows handed to the writer at a time: a chunk of most fields
+_POLL_SECONDS: Final = 0.2
+_LISTED: Final = 3
+
+
+@dataclass(frozen=True)
+class IngestSummary:
+    """What an ingest did, and what it found done."""
+
+    store_url: str
+    num_rows: int  # of the whole store
+    written: int  # by this run
+    resumed: int  # of this run's part, by earlier runs
+    seconds: float
+    is_complete: bool  # the whole store, all parts
+    quarantine: list[QuarantinedRow] = field(default_factory=list)  # of the whole store
+
+    @property
+    def shapes_per_second(self) -> float:
+        """0 where nothing was left to do."""
+        return self.written / self.seconds if self.written else 0.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `viewpoint ingest`."""
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a folder of meshes, a mesh bundle, or demo://shapes?count=N&seed=S"
+    )
+    parser.add_argument("store", metavar="STORE", help="where the store lies or shall lie: a path or a URL")
+    parser.add_argument("--format", metavar="F", help="the source's format, where it is not to be guessed")
+    parser.add_argument(
+        "--rig", metavar="R", default="azimuth12", help=f"cameras: {', '.join(RIG_NAMES)} (%(default)s)"
+    )
+    parser.add_argument("--image-size", type=int, default=224, metavar="PX", help="of each view (%(default)s)")
+    parser.add_argument("--points", type=int, default=2048, metavar="N", help="on each shape (%(default)s)")
+    parser.add_argument(
+        "--part", default="0/1", metavar="i/n", help="write only part i of n, counted from 0 (%(default)s)"
+    )
+    parser.add_argument("--workers", type=int, metavar="W", help="worker processes (one a core)")
+    parser.add_argument(
+        "--strict", action="store_true", help="fail on the first broken shape instead of leaving it out"
+    )
+    parser.add_argument(
+        "--limit-seconds-per-shape",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="slower ones are left out (%(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The exit code of `viewpoint ingest`."""
+    for option in ("image_size", "points", "workers", "limit_seconds_per_shape"):
+        value = getattr(arguments, option)
+        if value is not None and not value > 0:
+            raise AskedWrongly(f"--{option.replace('_', '-')} must be above zero, not {value}.")
+    summary = ingest(
+        open_source(arguments.source, arguments.format),
+        arguments.store,
+        rig=rig_by_name(arguments.rig, arguments.image_size),
+        num_points=arguments.points,
+        part=parse_part(arguments.part),
+        num_workers=arguments.workers,
+        strict=arguments.strict,
+        seconds_per_shape=arguments.limit_seconds_per_shape,
+    )
+    print(json.dumps(_as_record(summary)) if arguments.json else describe(summary))
+    return EXIT_DONE
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """`"0/4"` as (0, 4). AskedWrongly where it is no such thing."""
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise AskedWrongly(f"--part is i/n with i from 0 to n - 1, as in 0/4; it is {text!r}.")
+    return int(index), int(count)
+
+
+def ingest(
+    source: Source,
+    store_url: str,
+    *,
+    rig: CameraRig,
+    num_points: int = 2048,
+    part: tuple[int, int] = (0, 1),
+    num_workers: int | None = None,
+    strict: bool = False,
+    seconds_per_shape: float = 60.0,
+    stop: threading.Event | None = None,
+) -> IngestSummary:
+    """Writes the blocks of this part that nobody has written, and publishes them.
+
+    Stopped when `stop` is set or, without one, on SIGINT and SIGTERM: whole blocks are kept, and the same call goes on.
+    SourceError where `strict` is asked for and a shape is broken, or where not one of all shapes could be used.
+    """
+    began = time.monotonic()
+    fields = _fields_of(source)
+    store = create_store(store_url, _attributes(source, rig, num_points), fields)
+    writer = BlockWriter(store, INGEST)
+    pending = writer.pending(part)
+    rows = [row for block in pending for row in range(*store.block_range(block))]
+    resumed = sum(
+        last - first for first, last in map(store.block_range, range(part[0], store.num_blocks, part[1]))
+    ) - len(rows)
+    if rows:
+        maker = RowMaker(source, rig, num_points, fields)
+        with stop_asked(stop) as stop_event:
+            try:
+                _write_rows(writer, pending, rows, maker, num_workers, strict, seconds_per_shape, resumed, stop_event)
+            finally:
+                publish(store)
+    # with nothing left to write too: a writer killed between its last commit and its publishing leaves that to do
+    publish(store)
+    finished = create_store(store_url, store.attributes, fields)  # again, for what is in the manifest now
+    _refuse_quarantine(source, finished, strict)
+    return IngestSummary(
+        store_url=store.url,
+        num_rows=len(store),
+        written=len(rows),
+        resumed=resumed,
+        seconds=time.monotonic() - began,
+        is_complete=finished.is_complete(INGEST),
+        quarantine=finished.quarantine,
+    )
+
+
+def describe(summary: IngestSummary) -> str:
+    """The summary for people."""
+    lines = []
+    if summary.written:
+        before = f" ({summary.resumed:,} were there before)" if summary.resumed else ""
+        lines.append(
+            f"Wrote {summary.written:,} shapes into {summary.store_url}{before} in {format_seconds(summary.seconds)}, "
+            f"{summary.shapes_per_second:.1f} shapes/s."
+        )
+    else:
+        lines.append(f"Nothing to do: {summary.store_url} has all {summary.resumed:,} shapes of this part.")
+    if not summary.is_complete:
+        lines.append("Other parts of the store are still missing; readers see what is there.")
+    if summary.quarantine:
+        lines.append(f"{len(summary.quarantine):,} of {summary.num_rows:,} shapes could not be used:")
+        lines += quarantine_lines(summary.quarantine)
+    return "\n".join(lines)
+
+
+def quarantine_lines(quarantine: Sequence[QuarantinedRow]) -> list[str]:
+    """One line a reason, the commonest first, with the first few shapes that it met."""
+    by_reason: dict[str, list[str]] = {}
+    for entry in quarantine:
+        by_reason.setdefault(entry.reason, []).append(entry.id)
+    return [
+        f"  {len(ids):,}  {reason}: {', '.join(ids[:_LISTED])}{' ...' if len(ids) > _LISTED else ''}"
+        for reason, ids in sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    ]
+
+
+def _fields_of(source: Source) -> tuple[str, ...]:
+    """What the store will hold: no colours and parts where the source has none."""
+    absent = set() if source.listing.coloured else {"colours"}
+    absent |= set() if source.listing.part_names else {"part_labels"}
+    return tuple(name for name in INGEST_FIELDS if name not in absent)
+
+
+def _attributes(source: Source, rig: CameraRig, num_points: int) -> StoreAttributes:
+    listing = source.listing
+    near, far = rig.depth_range
+    return StoreAttributes(
+        num_rows=len(listing.shapes),
+        points_per_shape=num_points,
+        block_rows=default_block_rows(len(listing.shapes)),
+        class_names=listing.class_names,
+        part_names=listing.part_names,
+        splits=listing.splits,
+        rig=rig,
+        depth_near=near,
+        depth_far=far,
+        units=listing.units,
+        source_url=source.url,
+        source_format=source.FORMAT,
+        source_hash=listing.hash,
+        licence=listing.licence,
+    )
+
+
+def _write_rows(
+    writer: BlockWriter,
+    blocks: Sequence[int],
+    rows: Sequence[int],
+    maker: RowMaker,
+    num_workers: int | None,
+    strict: bool,
+    seconds_per_shape: float,
+    resumed: int,
+    stop: threading.Event,
+) -> None:
+    """Makes the given rows of the given blocks, both in order, and commits block by block."""
+    shapes = maker.source.listing.shapes
+    num_workers = min(num_workers or os.cpu_count() or 1, len(rows))
+    total = resumed + len(rows)
+    row_bytes = sum(array.nbytes for array in maker.empty_row(shapes[rows[0]]).values())
+    most_waiting = max(2 * num_workers, _MEMORY_BUDGET_BYTES // row_bytes)
+
+    made: dict[int, Row] = {}
+    quarantined = 0
+    next_offered, next_handed = 0, 0  # indices into `rows`
+    with (
+        Progress("ingest", total, "shapes", resumed=resumed) as progress,
+        _OrderedWriter(writer, blocks) as ordered,
+        ProcessPool[ShapeReference, Row | Broken](maker, num_workers, seconds_per_shape) as pool,
+    ):
+        while next_handed < len(rows):
+            if stop.is_set():
+                raise Stopped(
+                    f"Stopped after {resumed + ordered.committed:,} of {total:,} shapes, which are safe in "
+                    f"{writer.store.url}. The same command goes on from there."
+                )
+            while next_offered < min(len(rows), next_handed + most_waiting):
+                if not pool.offer(rows[next_offered], shapes[rows[next_offered]]):
+                    break
+                next_offered += 1
+            for row, result in pool.results(_POLL_SECONDS):
+                if isinstance(result, Broken | Died):
+                    if strict:
+                        raise SourceError(_broken_shape(maker.source, shapes[row].id, result.reason))
+                    ordered.quarantine(QuarantinedRow(row, shapes[row].id, result.reason))
+                    quarantined += 1
+                    made[row] = maker.empty_row(shapes[row])
+                else:
+                    made[row] = result
+            while next_handed < len(rows) and rows[next_handed] in made:
+                ordered.append(rows[next_handed], made.pop(rows[next_handed]))
+                next_handed += 1
+            note = {"quarantined": quarantined} if quarantined else {}
+            progress.update(resumed + next_handed + len(made), **note)
+        ordered.finish()
+
+
+class _OrderedWriter:
+    """Puts rows that come in order into their blocks, on a thread: workers go on while it encodes and stores."""
+
+    def __init__(self, writer: BlockWriter, blocks: Sequence[int]) -> None:
+        self._writer = writer
+        self._blocks = deque(blocks)
+        self._open: OpenBlock | None = None
+        self._rows: list[Row] = []
+        self._quarantine: list[QuarantinedRow] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ingest-write")
+        self._under_way: deque[Future[None]] = deque()
+        self.committed = 0  # rows of this run that are safe
+
+    def __enter__(self) -> "_OrderedWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def quarantine(self, entry: QuarantinedRow) -> None:
+        """Keeps why a row will hold no shape."""
+        self._quarantine.append(entry)
+
+    def append(self, number: int, row: Row) -> None:
+        """Takes the next row."""
+        self._rows.append(row)
+        _, end = self._writer.store.block_range(self._blocks[0])
+        if len(self._rows) == _APPEND_ROWS or number + 1 == end:
+            self._submit(self._rows, last_row=number + 1 == end)
+            self._rows = []
+
+    def finish(self) -> None:
+        """Waits until all is on disk."""
+        while self._under_way:
+            self._under_way.popleft().result()
+
+    def _submit(self, rows: list[Row], *, last_row: bool) -> None:
+        # one batch is being written and one waits: more would only fill memory
+        while len(self._under_way) >= 2 or (self._under_way and self._under_way[0].done()):
+            self._under_way.popleft().result()
+        self._under_way.append(self._thread.submit(self._write, self._blocks[0], rows, last_row))
+        if last_row:
+            self._blocks.popleft()
+
+    def _write(self, block: int, rows: list[Row], last_row: bool) -> None:
+        if self._open is None:
+            self._open = self._writer.open_block(block)
+        self._open.append({name: np.stack([row[name] for row in rows]) for name in rows[0]})
+        if last_row:
+            first, end = self._writer.store.block_range(block)
+            self._open.commit([entry for entry in self._quarantine if first <= entry.row < end])
+            self._open = None
+            self.committed += end - first
+
+
+def _refuse_quarantine(source: Source, store: Store, strict: bool) -> None:
+    """SourceError where the broken shapes are more than the caller accepts."""
+    if not store.quarantine:
+        return
+    first = store.quarantine[0]
+    if strict:
+        raise SourceError(_broken_shape(source, first.id, first.reason))
+    if len(store.quarantine) == len(store):
+        lines = "\n".join(quarantine_lines(store.quarantine))
+        raise SourceError(f"{source.url}: not one of its {len(store):,} shapes could be used:\n{lines}")
+
+
+def _broken_shape(source: Source, shape_id: str, reason: str) -> str:
+    return (
+        f"{source.url}: shape {shape_id!r} cannot be used: {reason}. Mend or remove it, or leave out --strict: "
+        f"then broken shapes are left out and listed."
+    )
+
+
+def _as_record(summary: IngestSummary) -> dict[str, Any]:
+    return asdict(summary) | {"shapes_per_second": summary.shapes_per_second}

@@ -1,0 +1,158 @@
+"""Work in processes of its own: a task that crashes, runs out of memory or never ends costs one result, not the run."""
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from types import TracebackType
+from typing import Final, Generic, Self, TypeVar
+
+from datastore.errors import ViewpointError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_STOP_SIGNALS: Final = {signal.SIGINT, signal.SIGTERM}
+
+
+class _Ready:
+    """The first message of every process: it has started, and what it ends of from now on is its task."""
+
+
+@dataclass(frozen=True)
+class Died:
+    """A task that gave no result, and what became of its process."""
+
+    reason: str
+
+
+class ProcessPool(Generic[Task, Result]):
+    """Runs `work` on tasks in processes, one task a process at a time.
+
+    `work` travels to each process once. What it returns comes back from `results`. A ViewpointError that it raises is
+    raised there too; anything else that it raises ends its process, with a traceback, and only that task.
+    """
+
+    def __init__(self, work: Callable[[Task], Result], num_workers: int, seconds_per_task: float) -> None:
+        self._work = work
+        self._seconds_per_task = seconds_per_task
+        self._workers = [_Worker(work) for _ in range(num_workers)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for worker in self._workers:
+            worker.end()
+
+    def offer(self, key: int, task: Task) -> bool:
+        """Hands a task to a process that has none; whether there was one."""
+        for worker in self._workers:
+            if worker.key is None:
+                worker.begin(key, task)
+                return True
+        return False
+
+    def results(self, timeout_seconds: float) -> list[tuple[int, Result | Died]]:
+        """What has come back by now, waiting a little if nothing has; the key of each is its task's."""
+        ready = wait([worker.connection for worker in self._workers], timeout_seconds)
+        found: list[tuple[int, Result | Died]] = []
+        for index, worker in enumerate(self._workers):
+            reason = None
+            if worker.connection in ready:
+                try:
+                    message = worker.connection.recv()
+                except (EOFError, OSError):
+                    reason = worker.how_it_ended()
+                else:
+                    if isinstance(message, _Ready):
+                        worker.became_ready()
+                    elif isinstance(message, ViewpointError):
+                        raise message
+                    elif worker.key is not None:
+                        found.append((worker.key, message))
+                        worker.key = None
+                    continue
+            elif worker.is_ready and worker.busy_seconds > self._seconds_per_task:
+                reason = f"took longer than {self._seconds_per_task:g} s"
+            if reason is not None:
+                worker.end()
+                if not worker.is_ready:
+                    raise ViewpointError(
+                        f"A worker process could not start: it {reason}. Its error stands above this one."
+                    )
+                if worker.key is not None:
+                    found.append((worker.key, Died(reason)))
+                self._workers[index] = _Worker(self._work)
+        return found
+
+
+class _Worker:
+    """One process and the task that it is at."""
+
+    def __init__(self, work: Callable[[Task], Result]) -> None:
+        context = get_context("spawn")  # a fork would copy locks that threads of this process hold at that moment
+        self.connection, theirs = context.Pipe()
+        self.process: SpawnProcess = context.Process(target=_work_until_closed, args=(theirs, work), daemon=True)
+        # A signal for the whole group, as Ctrl-C sends it, is for this process to act on. Were it to end a worker
+        # first, a good shape would pass for one that kills its process. The mask is inherited: no moment is without it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()  # else the end of the process would not show as the end of the pipe
+        self.key: int | None = None
+        self.is_ready = False
+        self._began = 0.0
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long it has been at its task."""
+        return time.monotonic() - self._began if self.key is not None else 0.0
+
+    def begin(self, key: int, task: object) -> None:
+        """Sends a task."""
+        self.key, self._began = key, time.monotonic()
+        try:
+            self.connection.send(task)
+        except ConnectionError:
+            return  # it has ended, which shows when its results are asked for
+
+    def became_ready(self) -> None:
+        """Time spent on starting is not the task's."""
+        self.is_ready, self._began = True, time.monotonic()
+
+    def how_it_ended(self) -> str:
+        """What became of a process whose pipe is closed."""
+        self.process.join(5)
+        code = self.process.exitcode
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            return f"was ended by {name}" + (", perhaps for lack of memory" if -code == signal.SIGKILL else "")
+        return f"ended with exit code {code}"
+
+    def end(self) -> None:
+        """Ends the process at once; it holds nothing that could be half written."""
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def _work_until_closed(connection: Connection, work: Callable[[Task], Result]) -> None:
+    """The whole life of a worker process: it ends with the pipe, so it never outlives its parent."""
+    try:
+        connection.send(_Ready())
+        while True:
+            task: Task = connection.recv()
+            try:
+                connection.send(work(task))
+            except ViewpointError as error:
+                connection.send(error)
+    except (EOFError, ConnectionError):
+        return
