@@ -1,0 +1,18 @@
+"""Students by their configs: one file a network, each with the one face of `models/encoding.py`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from models.encoding import PointEncoder
+from models.students.pointnet import PointNetConfig
+
+StudentConfig = PointNetConfig  # a second student makes it Annotated[A | B, Field(discriminator="kind")]
+
+_ADAPTER: TypeAdapter[StudentConfig] = TypeAdapter(StudentConfig)
+
+
+def build_student(config: StudentConfig | Mapping[str, Any]) -> PointEncoder:
+    """A new student with random weights, from its config or from `{"kind": "pointnet", ...}`."""
+    return _ADAPTER.validate_python(config).build()
