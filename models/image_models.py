@@ -69,10 +69,38 @@ class MultiViewClassifier(nn.Module):
         return descriptors
 
     def _images(self, views: UInt8[Tensor, "r h w 3"]) -> Float[Tensor, "r 3 s s"]:
-        images = views.permute(0, 3, 1, 2).float() / 255
-        if images.shape[-2:] != (self.image_size, self.image_size):
-            images = F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=True)
-        return (images - self.mean) / self.std
+        return as_images(views, self.image_size, self.mean, self.std)
+
+
+class PooledTrunk(nn.Module):
+    """Any timm network as a teacher: its own pooled features of each view, nothing trained on top."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ImageModelConfig) -> None:
+        super().__init__()
+        self.trunk = build_trunk(config)
+        self.image_size = config.image_size
+        self.descriptor_width = cast(int, self.trunk.head_hidden_size)
+        self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
+
+    def describe(self, views: UInt8[Tensor, "b v h w 3"]) -> Float[Tensor, "b v d"]:
+        """The features of each view, from that view alone in eval mode."""
+        features: Tensor = self.trunk(as_images(views.flatten(0, 1), self.image_size, self.mean, self.std))
+        return features.unflatten(0, views.shape[:2])
+
+
+def as_images(
+    views: UInt8[Tensor, "r h w 3"], image_size: int, mean: Float[Tensor, "3 1 1"], std: Float[Tensor, "3 1 1"]
+) -> Float[Tensor, "r 3 s s"]:
+    """Views as a network takes them: channels first, resized, normalised."""
+    images = views.permute(0, 3, 1, 2).float() / 255
+    if images.shape[-2:] != (image_size, image_size):
+        images = F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True)
+    normalised: Tensor = (images - mean) / std
+    return normalised
 
 
 def build_trunk(config: ImageModelConfig) -> nn.Module:

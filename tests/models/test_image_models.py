@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.image_models import ImageModelConfig, MultiViewClassifier, build_trunk, read_weights
+from models.image_models import ImageModelConfig, MultiViewClassifier, PooledTrunk, build_trunk, read_weights
 
 TRUNK = "test_resnet"
 CONFIG = ImageModelConfig(name=TRUNK, image_size=32)
@@ -120,6 +120,16 @@ def test_weights_of_the_right_names_and_wrong_shapes_are_refused(tmp_path: Path)
     save_file(state, path)
     with pytest.raises(ValueError, match=r"conv1\.0\.weight of shape \(2, 3, 3, 3\) instead of"):
         build_trunk(CONFIG.model_copy(update={"weights": str(path)}))
+
+
+def test_a_pooled_trunk_says_of_each_view_what_timm_says_of_the_image() -> None:
+    config = CONFIG.model_copy(update={"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)})
+    teacher, images = PooledTrunk(config).eval(), views()
+    pixels = images.flatten(0, 1).permute(0, 3, 1, 2) / 255
+    normalised = (pixels - torch.tensor(config.mean).view(3, 1, 1)) / torch.tensor(config.std).view(3, 1, 1)
+    described = teacher.describe(images)
+    torch.testing.assert_close(described, teacher.trunk(normalised).view(2, 3, -1))
+    assert described.shape == (2, 3, teacher.descriptor_width)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
