@@ -41,9 +41,11 @@ def load_stage(name: str) -> Stage:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Runs one stage and returns its exit code."""
+    words = sys.argv[1:] if words is None else words
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    for name in STAGES:
+    # a worker imports its own stage alone; all of them only to list them
+    for name in words[:1] if words and words[0] in STAGES else STAGES:
         stage = load_stage(name)
         stage.add_arguments(stages.add_parser(name, help=stage.HELP, description=stage.HELP))
     arguments = parser.parse_args(words)
