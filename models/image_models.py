@@ -88,8 +88,9 @@ class PooledTrunk(nn.Module):
 
     def describe(self, views: UInt8[Tensor, "b v h w 3"]) -> Float[Tensor, "b v d"]:
         """The features of each view, from that view alone in eval mode."""
-        features: Tensor = self.trunk(as_images(views.flatten(0, 1), self.image_size, self.mean, self.std))
-        return features.unflatten(0, views.shape[:2])
+        features = self.trunk(as_images(views.flatten(0, 1), self.image_size, self.mean, self.std))
+        described: Tensor = features.unflatten(0, views.shape[:2])
+        return described
 
 
 def as_images(
