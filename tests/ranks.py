@@ -1,4 +1,8 @@
-"""Runs a test's function in several processes that form a gloo world on this machine."""
+"""Runs a test's function in several processes that form a gloo world on this machine.
+
+The processes stay for the next test, as importing torch takes longer than most tests do; each call makes a process
+group of its own. A call that fails or says nothing ends them.
+"""
 
 import multiprocessing
 import os
@@ -7,50 +11,53 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 TIMEOUT_SECONDS = 90.0
 
+_ranks: dict[int, list["_Rank"]] = {}
+
 
 def run_ranks(function: Callable[..., Any], *arguments: Any, world: int = 2) -> list[Any]:
-    """What `function(*arguments)` returns on each rank; it must be importable, as every rank is a fresh process."""
-    context = multiprocessing.get_context("spawn")
+    """What `function(*arguments)` returns on each rank; it must be importable: every rank is a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        pipes, processes = [], []
-        for rank in range(world):
-            here, there = context.Pipe(duplex=False)
-            process = context.Process(target=_rank, args=(rank, world, Path(folder), there, function, arguments))
-            process.start()
-            there.close()
-            pipes.append(here)
-            processes.append(process)
+        ranks = _ranks.pop(world, None) or [_Rank(rank, world) for rank in range(world)]
         try:
-            return [_receive(rank, pipe, Path(folder)) for rank, pipe in enumerate(pipes)]
-        finally:
-            for process in processes:
-                process.join(1)
-                if process.is_alive():
-                    process.kill()
-                    process.join()
+            for rank in ranks:
+                rank.pipe.send((Path(folder), function, arguments))
+            results = [rank.receive(Path(folder)) for rank in ranks]
+        except BaseException:
+            for rank in ranks:
+                rank.process.kill()
+                rank.process.join()
+            raise
+        _ranks[world] = ranks
+        return results
 
 
-def _receive(rank: int, pipe: Connection, folder: Path) -> Any:
-    try:
-        if wait([pipe], TIMEOUT_SECONDS):
-            return pipe.recv()
-        outcome = f"said nothing for {TIMEOUT_SECONDS:.0f} s"
-    except EOFError:
-        outcome = "failed"
-    logs = "\n".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(folder.glob("*.log")))
-    raise AssertionError(f"rank {rank} {outcome}\n{logs}")
+class _Rank:
+    def __init__(self, rank: int, world: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.rank = rank
+        self.pipe, there = context.Pipe()
+        self.process: BaseProcess = context.Process(target=_serve, args=(rank, world, there), daemon=True)
+        self.process.start()
+        there.close()
+
+    def receive(self, folder: Path) -> Any:
+        try:
+            if wait([self.pipe], TIMEOUT_SECONDS):
+                return self.pipe.recv()
+            outcome = f"said nothing for {TIMEOUT_SECONDS:.0f} s"
+        except EOFError:
+            outcome = "failed"
+        logs = "\n".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(folder.glob("*.log")))
+        raise AssertionError(f"rank {self.rank} {outcome}\n{logs}")
 
 
-def _rank(
-    rank: int, world: int, folder: Path, pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
-    with (folder / f"rank-{rank}.log").open("w") as log:
-        os.dup2(log.fileno(), sys.stderr.fileno())
+def _serve(rank: int, world: int, pipe: Connection) -> None:
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world),
@@ -62,8 +69,18 @@ def _rank(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    warnings.simplefilter("error")
-    store = dist.FileStore(str(folder / "rendezvous"), world)  # no port to collide on
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    pipe.send(function(*arguments))
-    dist.destroy_process_group()
+    while True:
+        try:
+            folder, function, arguments = pipe.recv()
+        except EOFError:
+            return
+        with (folder / f"rank-{rank}.log").open("w") as log:
+            os.dup2(log.fileno(), sys.stderr.fileno())
+        store = dist.FileStore(str(folder / "rendezvous"), world)  # no port to collide on
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            result = function(*arguments)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        pipe.send(result)

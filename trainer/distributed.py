@@ -4,7 +4,8 @@ Every function is the identity outside a process group, so that losses and objec
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Self, TypeVar, cast
@@ -53,6 +54,30 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank: all ranks get the same answer."""
         return bool(all_reduce_sum(torch.tensor(float(flag), device=communication_device())).item() > 0)
+
+
+@contextmanager
+def joined(timeout_seconds: float) -> Iterator[World]:
+    """This process's world, with the process group that torchrun prepared; a world of one needs no address.
+
+    A collective that waits longer than the timeout fails, instead of hiding a dead rank.
+    """
+    world = World.from_env()
+    if on_gpu := torch.cuda.is_available():
+        torch.cuda.set_device(world.local_rank)
+    # nccl for gradients, gloo for what ranks tell each other in host memory
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        alone = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, timeout=timeout, store=alone, rank=0, world_size=1)
+    try:
+        yield world
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def world_size() -> int:

@@ -1,10 +1,32 @@
-"""Forward, backward and update over all ranks: the only file that imports deepspeed."""
+"""Forward, backward and update over all ranks: the only file that imports deepspeed.
 
-from typing import Literal
+Nothing is compiled at start: the optimizers are torch's own, and deepspeed's operators are switched off. In bf16 the
+weights stay float32 and autocast chooses what runs in bf16. Weights cast to bf16, deepspeed's own mode, would take
+batch normalisation and geometry along, and change the optimizer at ZeRO stage 0.
+"""
 
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import torch
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
 
+from datastore.batch import Batch
+from datastore.errors import AskedWrongly, DoNotRetry
+from trainer.distributed import World
 from trainer.schedule import ScheduleConfig
+
+Terms = dict[str, Tensor]
+
+_LARGEST_REDUCE_BUCKET: Final = 50_000_000  # elements; deepspeed's default sets 2 GB aside on a GPU
+_NEVER: Final = 2**62
+_NO_COMPILER: Final = "TORCHDYNAMO_DISABLE"
 
 
 class OptimizerConfig(BaseModel, extra="forbid", frozen=True):
@@ -13,13 +35,27 @@ class OptimizerConfig(BaseModel, extra="forbid", frozen=True):
     kind: Literal["sgd", "adam", "adamw"] = "adamw"  # adam: weight decay is added to the gradient; adamw: decoupled
     lr: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.0
-    momentum: float = Field(0.9, ge=0, lt=1)  # sgd
+    momentum: float = Field(default=0.9, ge=0, lt=1)  # sgd
     betas: tuple[float, float] = (0.9, 0.999)  # adam, adamw
     eps: PositiveFloat = 1e-8  # adam, adamw
 
+    def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer for these parameters."""
+        match self.kind:
+            case "sgd":
+                return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+            case "adam":
+                return torch.optim.Adam(
+                    parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
+                )
+            case "adamw":
+                return torch.optim.AdamW(
+                    parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
+                )
+
 
 class EngineConfig(BaseModel, extra="forbid", frozen=True):
-    """How weights are updated and how the work is spread; nothing here but the optimizer and the schedule changes what is learned."""
+    """How weights are updated and how the work is spread over processes."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -28,3 +64,154 @@ class EngineConfig(BaseModel, extra="forbid", frozen=True):
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 on GPUs that have it, float32 elsewhere
     max_micro_batch: PositiveInt = 32  # of one process; what is left of the global batch is accumulated
     collective_timeout_seconds: PositiveFloat = 120.0  # gloo's own 30 minutes would hide a dead rank
+
+
+@dataclass(frozen=True)
+class BatchSplit:
+    """How a global batch is cut: `accumulation` times `micro_batch` samples on each rank."""
+
+    micro_batch: int
+    accumulation: int
+
+
+def split_batch(global_batch: int, world_size: int, max_micro_batch: int) -> BatchSplit:
+    """The largest micro-batch that is allowed and divides a rank's share of the global batch."""
+    if global_batch % world_size:
+        fitting = ", ".join(str(world) for world in range(1, 2 * world_size + 1) if global_batch % world == 0)
+        raise AskedWrongly(
+            f"A global batch of {global_batch} cannot be shared equally by {world_size} processes. Use a number of "
+            f"processes that divides it ({fitting} ...), or set global_batch to a multiple of {world_size}."
+        )
+    share = global_batch // world_size
+    micro_batch = max(size for size in range(1, min(share, max_micro_batch) + 1) if share % size == 0)
+    return BatchSplit(micro_batch, share // micro_batch)
+
+
+class Engine:
+    """An objective with its optimizer, spread over ranks. `grad_norm` is that of the last update, before clipping."""
+
+    def __init__(
+        self, engine: Any, module: nn.Module, optimizer: torch.optim.Optimizer, world: World, zero_stage: int
+    ) -> None:
+        self._engine = engine
+        self.module, self.optimizer = module, optimizer
+        self.world, self.zero_stage = world, zero_stage
+        self.device: torch.device = engine.device
+        self.grad_norm = 0.0
+
+    @property
+    def zero_optimizer(self) -> Any:
+        """Deepspeed's optimizer around ours, at stages 1 to 3: what trainer/fragments.py looks into."""
+        return self._engine.optimizer
+
+    def __call__(self, batch: Batch) -> Terms:
+        """The objective's weighted terms of one micro-batch."""
+        terms: Terms = self._engine(batch)
+        return terms
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the loss's gradient, divided by the number of micro-batches; the last one is reduced over the ranks."""
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        """Updates the weights after the last micro-batch of a global batch; before that it only counts."""
+        updates = self._engine.is_gradient_accumulation_boundary()
+        if updates and self.zero_stage == 0:  # deepspeed keeps no norm at this stage
+            gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+            self.grad_norm = float(nn.utils.get_total_norm(gradients))
+        self._engine.step()
+        if updates and self.zero_stage > 0:
+            self.grad_norm = float(self._engine.get_global_grad_norm())
+
+    def set_lr(self, lr: float) -> None:
+        """Sets the learning rate of the next update."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def close(self) -> None:
+        """Ends the engine and the process group, which deepspeed keeps references to."""
+        deepspeed = _import_deepspeed()
+        self._engine.destroy()
+        deepspeed.comm.destroy_process_group()
+
+
+def build_engine(objective: nn.Module, config: EngineConfig, world: World, split: BatchSplit) -> Engine:
+    """The engine of this rank, in the process group that `distributed.joined` made; weights are those of rank 0."""
+    deepspeed = _import_deepspeed()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if runs_in_bf16(config, device):
+        # a forward of its own, not a context around the engine: deepspeed switches an outer autocast off.
+        # Without its cache at stage 3, where cached casts would keep the whole model on every rank.
+        cast = torch.autocast(device, torch.bfloat16, cache_enabled=config.zero_stage < 3)
+        objective.forward = cast(objective.forward)
+    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    for name, parameter in objective.named_parameters():
+        if parameter.dim() == 0:
+            raise ValueError(f"parameter {name} has no axes, which deepspeed cannot send: give it the shape [1]")
+    optimizer = config.optimizer.build(parameters)
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # deepspeed takes it from nowhere else
+    with _quiet():
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        engine, *_ = deepspeed.initialize(
+            model=objective, optimizer=optimizer, config=_deepspeed_config(config, parameters, split)
+        )
+    return Engine(engine, objective, optimizer, world, config.zero_stage)
+
+
+def runs_in_bf16(config: EngineConfig, device: str) -> bool:
+    """Whether matrix products run in bf16; an error where bf16 is asked for and the device lacks it."""
+    supported = device == "cpu" or torch.cuda.is_bf16_supported()
+    if config.precision == "bf16" and not supported:
+        raise DoNotRetry(
+            f"engine.precision is bf16, which {torch.cuda.get_device_name()} lacks. Set it to float32 or auto."
+        )
+    return config.precision == "bf16" or (config.precision == "auto" and device == "cuda" and supported)
+
+
+def _deepspeed_config(config: EngineConfig, parameters: list[nn.Parameter], split: BatchSplit) -> dict[str, Any]:
+    largest = max((parameter.numel() for parameter in parameters), default=1)
+    total = sum(parameter.numel() for parameter in parameters)
+    return {
+        "train_micro_batch_size_per_gpu": split.micro_batch,
+        "gradient_accumulation_steps": split.accumulation,
+        "gradient_clipping": config.clip_grad_norm or 0.0,
+        "zero_allow_untested_optimizer": True,  # SGD is: tests/trainer/test_engine.py compares it with plain torch
+        "steps_per_print": _NEVER,
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "reduce_bucket_size": max(largest, min(total, _LARGEST_REDUCE_BUCKET)),
+        },
+    }
+
+
+def _import_deepspeed() -> Any:
+    """The module; here, because its import takes a while, and with its compilers and its chatter switched off."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    with _quiet():
+        import deepspeed
+        from deepspeed.utils import logger
+    # No operator counts as usable, so none is built: `deepspeed_shm_comm` alone would take half a minute at start.
+    deepspeed.ops.__compatible_ops__ = {}
+    logger.handlers.clear()  # it writes to stdout, where results go
+    logger.propagate = True
+    logger.setLevel(logging.WARNING)
+    return deepspeed
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps warnings about deepspeed's own code from people who cannot act on them, and the compiler from starting.
+
+    Deepspeed compiles kernels of an optimizer that is not used here (Muon) as it looks at ours: 2.5 s and 120 MB each.
+    """
+    before = os.environ.get(_NO_COMPILER)
+    os.environ[_NO_COMPILER] = "1"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if before is None:
+            del os.environ[_NO_COMPILER]
+        else:
+            os.environ[_NO_COMPILER] = before

@@ -1,0 +1,122 @@
+"""Tests of trainer/engine.py and trainer/fragments.py."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from datastore.errors import AskedWrongly, DoNotRetry
+from tests.ranks import run_ranks
+from tests.trainer.toy import GLOBAL_BATCH, config_of, plain_losses, toy_engine, train
+from trainer.distributed import joined
+from trainer.engine import EngineConfig, OptimizerConfig, build_engine, split_batch
+from trainer.fragments import check_layout, masters
+
+
+def _training(stage: int, kind: str) -> tuple[list[float], float, float]:
+    engine = toy_engine(config_of(stage, kind))
+    check_layout(engine)
+    losses = train(engine, range(4))
+    norm = engine.grad_norm
+    check_layout(engine)
+    clipped = toy_engine(config_of(stage, "sgd", clip_grad_norm=0.01))
+    before = clipped.module.state_dict()["scale"].clone()
+    train(clipped, range(1))
+    moved = float((clipped.module.state_dict()["scale"] - before).abs().sum()) if stage < 3 else 0.0
+    engine.close()
+    return losses, norm, moved
+
+
+def _layout_is_refused(stage: int) -> str:
+    engine = toy_engine(config_of(stage))
+    if stage == 3:
+        engine.zero_optimizer.fp16_groups[0] = engine.zero_optimizer.fp16_groups[0][:-1]
+    else:
+        first = engine.zero_optimizer.bit16_groups[0][0]
+        if first._hp_mapping is not None:
+            first._hp_mapping.lp_fragment_address.start += 1
+    with pytest.raises(DoNotRetry) as error:
+        check_layout(engine)
+    engine.close()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
+def test_every_zero_stage_follows_plain_torch(kind: str) -> None:
+    plain = plain_losses(OptimizerConfig(kind=kind, lr=0.05, weight_decay=1e-3), 4)  # type: ignore[arg-type]
+    norms = []
+    for stage in range(4):
+        (first, norm, moved), (second, norm_again, _) = run_ranks(_training, stage, kind)
+        torch.testing.assert_close([a + b for a, b in zip(first, second, strict=True)], plain, rtol=2e-6, atol=0)
+        assert norm == norm_again > 0
+        assert moved <= 0.05 * 0.011, "clipping bounds the update"
+        norms.append(norm)
+    torch.testing.assert_close(norms, [norms[0]] * 4, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_layout_that_does_not_add_up_is_refused_at_start(stage: int) -> None:
+    for message in run_ranks(_layout_is_refused, stage):
+        assert ("scale: 1 of 1 elements, other values" if stage == 1 else "second.bias: 0 of 5 elements") in message
+        assert "zero_stage=0" in message
+
+
+def test_one_process_needs_no_launcher() -> None:
+    with joined(timeout_seconds=20) as world:
+        engine = toy_engine(config_of(1, "sgd"), world=world)
+        check_layout(engine)
+        losses = train(engine, range(3))
+        engine.close()
+    torch.testing.assert_close(losses, plain_losses(config_of(1, "sgd").optimizer, 3), rtol=2e-6, atol=0)
+
+
+def test_bf16_keeps_weights_and_terms_near_float32() -> None:
+    with joined(timeout_seconds=20) as world:
+        engine = toy_engine(config_of(0, precision="bf16"), world=world)
+        losses = train(engine, range(4))
+        assert {master.tensor.dtype for master in masters(engine)} == {torch.float32}
+        engine.close()
+    plain = plain_losses(config_of(0).optimizer, 4)
+    assert losses != plain
+    torch.testing.assert_close(losses, plain, rtol=0.1, atol=0)
+
+
+def test_the_learning_rate_takes_effect_at_the_next_update() -> None:
+    with joined(timeout_seconds=20) as world:
+        engine = toy_engine(config_of(1, "sgd"), world=world)
+        before = {name: value.clone() for name, value in engine.module.state_dict().items() if "norm" not in name}
+        engine.set_lr(0.0)
+        train(engine, range(1))
+        after = engine.module.state_dict()
+        engine.close()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_parameter_without_axes_is_refused_by_name() -> None:
+    module = torch.nn.Module()
+    module.temperature = torch.nn.Parameter(torch.tensor(1.0))
+    with joined(timeout_seconds=20) as world, pytest.raises(ValueError, match="temperature"):
+        build_engine(module, EngineConfig(), world, split_batch(2, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "world", "limit", "expected"),
+    [(64, 4, 32, (16, 1)), (64, 1, 32, (32, 2)), (48, 2, 10, (8, 3)), (7, 1, 4, (1, 7)), (6, 6, 32, (1, 1))],
+)
+def test_the_global_batch_stays_whatever_the_world(
+    global_batch: int, world: int, limit: int, expected: tuple[int, int]
+) -> None:
+    split = split_batch(global_batch, world, limit)
+    assert (split.micro_batch, split.accumulation) == expected
+    assert split.micro_batch * split.accumulation * world == global_batch
+
+
+def test_a_world_that_does_not_divide_the_batch_is_refused_with_those_that_do() -> None:
+    with pytest.raises(AskedWrongly, match=r"1, 2, 4"):
+        split_batch(GLOBAL_BATCH, 3, 32)
+
+
+def test_the_configs_are_read_without_deepspeed() -> None:
+    code = "import sys, trainer.engine, trainer.checkpoint, trainer.metrics; sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
