@@ -78,6 +78,11 @@ class ObjectFolder:
         content: bytes = self._filesystem.cat_file(self._path(name))
         return content
 
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        """The bytes of one object from `start` up to, not including, `end`; fewer where the object is shorter."""
+        content: bytes = self._filesystem.cat_file(self._path(name), start=start, end=end)
+        return content
+
     def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
         """The content of those objects that exist, many requests at a time where that is possible."""
         if not names:
