@@ -52,6 +52,11 @@ class Order:
         """The sample at one position of an epoch."""
         return int(self.samples(epoch, np.array([position], dtype=np.int64))[0])
 
+    @property
+    def largest_window(self) -> int:
+        """How many shards a window has at most."""
+        return self._window_shards + (self._larger_windows > 0)
+
     def samples(self, epoch: int, positions: Integers) -> Integers:
         """The samples at these positions of an epoch, each in [0, num_samples)."""
         ragged = self._ragged_slot(epoch)
@@ -62,10 +67,9 @@ class Order:
         slot, row = np.divmod(self._padded(shuffled, ragged), self.shard_rows)
         return permute(slot, self.num_shards, self._shard_key(epoch)) * self.shard_rows + row
 
-    def window(self, epoch: int, position: int) -> int:
-        """The window that a position of an epoch lies in."""
-        slot = self._padded(np.array([position], dtype=np.int64), self._ragged_slot(epoch)) // self.shard_rows
-        return int(self._window_of_slot(slot)[0])
+    def windows(self, epoch: int, positions: Integers) -> Integers:
+        """The windows that these positions of an epoch lie in."""
+        return self._window_of_slot(self._padded(positions, self._ragged_slot(epoch)) // self.shard_rows)
 
     def window_shards(self, epoch: int, window: int) -> Integers:
         """The shards whose samples one window of an epoch shuffles."""

@@ -1,0 +1,400 @@
+"""The stream delivers each sample once an epoch, the same for any world and after any resume, within its memory."""
+
+import threading
+import time
+import tracemalloc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor
+
+from datastore.batch import Batch
+from datastore.errors import AskedWrongly, MissingField, StoreError
+from datastore.layout import create_teacher, open_store
+from datastore.order import sample_seeds
+from datastore.shards import ShardReader
+from datastore.stream import Stream, StreamConfig, open_stream
+from datastore.write import publish
+from tests.stores import small_attributes, small_teacher, write_blocks, write_small_store
+
+NUM_ROWS = 230  # blocks of 16 rows; two thirds are in split `train`, scattered over all blocks
+GLOBAL_BATCH = 24
+FIELDS = ("points", "views", "visibility", "label", "split", "id")
+SPLITS = ("train", "test", "validation")
+TEACHER = "teachers/teacher@feedc0de"
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class IdBatch(Batch):
+    """Nothing but ids and seeds."""
+
+
+@dataclass(frozen=True)
+class LabelBatch(Batch):
+    label: Int64[Tensor, " b"]
+
+
+@dataclass(frozen=True)
+class WholeBatch(Batch):
+    points: Float[Tensor, "b p 3"]
+    visibility: Bool[Tensor, "b p v"]
+    views: UInt8[Tensor, "b v h w 3"]
+    label: Int64[Tensor, " b"]
+    view_features: Float[Tensor, "b v d"]
+
+
+@dataclass(frozen=True)
+class IdTextBatch(Batch):
+    id: Tensor
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("stream") / "store")
+    write_small_store(folder, small_attributes(NUM_ROWS, block_rows=16, splits=SPLITS), FIELDS)
+    add_teacher(folder)
+    return folder
+
+
+def add_teacher(url: str, weights_hash: str = "feedc0de0001") -> None:
+    store = open_store(url)
+    write_blocks(store, range(store.num_blocks), create_teacher(store, small_teacher(weights_hash=weights_hash)))
+    publish(store)
+
+
+def stream_of(url: str | None, batch_type: type[Batch] = LabelBatch, **changes: Any) -> Stream[Any]:
+    settings = {name: changes.pop(name) for name in set(changes) & set(StreamConfig.model_fields)}
+    arguments: dict[str, Any] = {
+        "teacher": None, "global_batch": GLOBAL_BATCH, "micro_batch": 4, "rank": 0, "world_size": 1, "seed": 0,
+    }  # fmt: skip
+    return open_stream(StreamConfig(store_url=url, **settings), batch_type, **(arguments | changes))
+
+
+def ids_of(url: str, num_steps: int, **changes: Any) -> np.ndarray:
+    """Ids by step and place in what one rank reads."""
+    with stream_of(url, **changes) as stream:
+        steps = [torch.cat([batch.ids for batch in step]).numpy() for step in stream.steps(num_steps)]
+    return np.stack(steps)
+
+
+def global_ids(url: str, num_steps: int, world_size: int, micro_batch: int, **changes: Any) -> np.ndarray:
+    """Ids by step and place in the global batch, put together from what every rank reads."""
+    ranks = [
+        ids_of(url, num_steps, rank=rank, world_size=world_size, micro_batch=micro_batch, **changes)
+        for rank in range(world_size)
+    ]
+    micro_batches = np.stack([ids.reshape(num_steps, -1, micro_batch) for ids in ranks], axis=2)  # step, j, rank, m
+    return micro_batches.reshape(num_steps, -1)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch"), [(1, 24), (2, 12), (2, 3), (3, 8), (3, 2), (4, 6), (6, 2), (6, 4)]
+)
+def test_a_global_batch_holds_the_same_samples_in_the_same_order_for_any_world(
+    url: str, world_size: int, micro_batch: int
+) -> None:
+    alone = ids_of(url, 15)  # two epochs and a half
+    assert np.array_equal(global_ids(url, 15, world_size, micro_batch), alone)
+
+
+def test_an_epoch_delivers_every_sample_once_but_for_the_last_incomplete_batch(url: str) -> None:
+    train = open_store(url).rows("train")
+    with stream_of(url) as stream:
+        assert stream.num_samples == len(train)
+        assert stream.steps_per_epoch == len(train) // GLOBAL_BATCH
+        num_steps = stream.steps_per_epoch
+    epochs = ids_of(url, 40 * num_steps).reshape(40, -1)
+    for ids in epochs:
+        assert len(np.unique(ids)) == num_steps * GLOBAL_BATCH
+        assert set(ids) <= set(train)
+    assert len(train) % GLOBAL_BATCH
+    assert set(epochs.ravel()) == set(train), "what one epoch drops, another delivers"
+    assert all((epochs[0] != ids).any() for ids in epochs[1:])
+
+
+@given(st.integers(0, 40), st.sampled_from([1, 2, 3, 4, 6]), st.integers(1, 4))
+@settings(max_examples=15, deadline=None)
+def test_resuming_at_any_step_with_any_world_goes_on_where_the_run_stopped(
+    url: str, step: int, world_size: int, window_shards: int
+) -> None:
+    straight = ids_of(url, step + 3, window_shards=window_shards)
+    resumed = global_ids(
+        url, 3, world_size, 4 if world_size < 4 else 2, start=step * GLOBAL_BATCH, window_shards=window_shards
+    )
+    assert np.array_equal(resumed, straight[step:])
+
+
+def test_a_step_far_away_costs_what_the_first_costs(url: str) -> None:
+    started = time.perf_counter()
+    ids = ids_of(url, 2, start=GLOBAL_BATCH * 10**12)
+    assert ids.shape == (2, GLOBAL_BATCH)
+    assert time.perf_counter() - started < 5
+
+
+def test_batches_hold_what_the_store_holds(url: str) -> None:
+    store = open_store(url)
+    paths = {name: name if name in store.fields else f"{TEACHER}/{name}" for name in WholeBatch.store_fields()}
+    stored = {name: store.read(path, range(NUM_ROWS)) for name, path in paths.items()}
+    with stream_of(url, WholeBatch, teacher="teacher", seed=7) as stream:
+        assert stream.corpus == store.corpus_facts
+        for number, step in enumerate(stream.steps(2 * stream.steps_per_epoch + 1)):
+            for batch in step:
+                ids = batch.ids.numpy()
+                assert np.array_equal(batch.seeds, sample_seeds(7, number // stream.steps_per_epoch, ids))
+                for name, rows in stored.items():
+                    found = getattr(batch, name).numpy()
+                    assert found.dtype == rows.dtype
+                    assert np.array_equal(found, rows[ids])
+
+
+def test_fewer_points_are_the_first_points(url: str) -> None:
+    store = open_store(url)
+    with stream_of(url, WholeBatch, teacher="teacher", num_points=7) as stream:
+        (step,) = stream.steps(1)
+        rows = step[0].ids.numpy()
+        assert np.array_equal(step[0].points, store.read("points", rows)[:, :7])
+        assert np.array_equal(step[0].visibility, store.read("visibility", rows)[:, :7])
+        assert np.array_equal(step[0].views, store.read("views", rows))
+
+
+def test_a_remote_store_streams_like_a_local_one(url: str, tmp_path: Path) -> None:
+    remote = f"memory://{tmp_path.name}"
+    write_small_store(remote, small_attributes(NUM_ROWS, block_rows=16), ["label", "split", "id"])
+    assert np.array_equal(ids_of(remote, 10), ids_of(url, 10))
+
+
+def test_the_stream_sees_the_manifest_that_it_opened(tmp_path: Path) -> None:
+    growing = str(tmp_path / "store")
+    write_small_store(growing, small_attributes(100, block_rows=16), ["label", "split", "id"])
+    with stream_of(growing) as stream:
+        before = stream.num_samples
+        add_teacher(growing)
+        assert len(list(stream.steps(2 * stream.steps_per_epoch))) == 2 * (before // GLOBAL_BATCH)
+
+
+# Memory
+
+
+def window_bytes(url: str, window_shards: int) -> int:
+    """What a window can take: its 16 samples a shard lie in two, sometimes three shards of the store."""
+    store = open_store(url)
+    paths = [name if name in store.fields else f"{TEACHER}/{name}" for name in WholeBatch.store_fields()]
+    row_bytes = sum(ShardReader(store, store.field(path)).row_bytes for path in paths)
+    return window_shards * 33 * row_bytes
+
+
+@pytest.mark.parametrize("window_shards", [1, 4])
+def test_decoded_shards_stay_within_the_bound_and_are_read_about_once_an_epoch(url: str, window_shards: int) -> None:
+    limit_bytes = window_bytes(url, window_shards)
+    with stream_of(
+        url, WholeBatch, teacher="teacher", memory_gib=limit_bytes / GIB, window_shards=window_shards
+    ) as stream:
+        highest = 0
+        for _ in stream.steps(3 * stream.steps_per_epoch):
+            highest = max(highest, stream.resident_bytes)
+        num_shards = 5 * -(-NUM_ROWS // 16)
+        assert 0 < highest <= limit_bytes
+        assert stream.shards_read < 2.2 * 3 * num_shards  # a shard of a split lies across two of the order's shards
+        assert stream.bytes_read > 0
+    assert stream.resident_bytes == 0
+
+
+def test_a_corpus_that_fits_into_memory_is_read_once(url: str) -> None:
+    with stream_of(url, WholeBatch, teacher="teacher") as stream:
+        list(stream.steps(4 * stream.steps_per_epoch))
+        assert stream.shards_read == 5 * -(-NUM_ROWS // 16)
+
+
+def test_the_process_takes_no_more_memory_than_the_bound_and_what_is_on_its_way(tmp_path: Path) -> None:
+    folder = str(tmp_path / "store")
+    write_small_store(
+        folder, small_attributes(1500, block_rows=64, points_per_shape=512), fields=["points", "split", "id"]
+    )
+    total_bytes = 1000 * 512 * 12
+
+    @dataclass(frozen=True)
+    class PointsBatch(Batch):
+        points: Tensor
+
+    with stream_of(folder, PointsBatch, window_shards=2, memory_gib=total_bytes / 4 / GIB) as stream:
+        tracemalloc.start()
+        for _ in stream.steps(2 * stream.steps_per_epoch):
+            pass
+        _, peak_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    batches = 8 * 4 * 512 * 12
+    being_read = 8 * 2 * 64 * 512 * 12  # encoded shards and the rows decoded from them
+    assert peak_bytes < total_bytes / 4 + batches + being_read + 1_000_000
+    assert peak_bytes < total_bytes
+
+
+def test_a_window_that_does_not_fit_is_refused_with_what_would(url: str) -> None:
+    with pytest.raises(
+        AskedWrongly, match=r"window of 4 shards of 16 samples takes up to .* data.memory_gib allows 1e-05"
+    ):
+        stream_of(url, memory_gib=1e-5, batch_type=WholeBatch, teacher="teacher")
+
+
+# Trouble
+
+
+def damaged_copy(tmp_path: Path, shard: int = 3) -> str:
+    folder = str(tmp_path / "store")
+    write_small_store(folder, small_attributes(NUM_ROWS, block_rows=16), ["label", "split", "id"])
+    path = Path(folder) / "label" / "c" / str(shard)
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    return folder
+
+
+def test_a_damaged_shard_stops_the_consumer_with_its_name_and_leaves_no_thread(tmp_path: Path) -> None:
+    damaged = damaged_copy(tmp_path)
+    stream = stream_of(damaged)
+    with pytest.raises(StoreError, match=r"label/c/3 \(rows 48 to 63 .* is damaged"):
+        list(stream.steps(stream.steps_per_epoch))
+    assert stream_threads() == []
+    with pytest.raises(ValueError, match="closed"):
+        next(stream.steps(1))
+
+
+def test_steps_before_a_damaged_shard_are_still_delivered(tmp_path: Path, url: str) -> None:
+    straight = ids_of(url, 2, window_shards=2)
+    untouched = set(range(15)) - set((straight // 16).ravel().tolist())
+    damaged = damaged_copy(tmp_path, shard=untouched.pop())
+    with stream_of(damaged, window_shards=2) as stream:
+        steps = stream.steps(stream.steps_per_epoch)
+        for ids in straight:
+            assert torch.cat([batch.ids for batch in next(steps)]).tolist() == ids.tolist()
+        with pytest.raises(StoreError, match="is damaged"):
+            list(steps)
+
+
+def stream_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("stream-")]
+
+
+def test_closing_leaves_no_thread_whatever_was_under_way(url: str) -> None:
+    for num_steps in (0, 1, 5):
+        stream = stream_of(url, WholeBatch, teacher="teacher")
+        for _ in stream.steps(num_steps):
+            pass
+        stream.close()
+        stream.close()
+        assert stream_threads() == []
+
+
+def test_an_error_of_the_consumer_leaves_no_thread(url: str) -> None:
+    with pytest.raises(KeyError, match="not finite"), stream_of(url) as stream:
+        for _ in stream.steps(3):
+            raise KeyError("not finite")
+    assert stream_threads() == []
+
+
+def test_a_stream_that_is_forgotten_ends_its_threads(url: str) -> None:
+    stream = stream_of(url)
+    next(stream.steps(1))
+    assert stream_threads()
+    del stream
+    deadline = time.monotonic() + 10
+    while stream_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert stream_threads() == []
+
+
+def test_stopping_between_steps_and_going_on_misses_nothing(url: str) -> None:
+    straight = ids_of(url, 6)
+    with stream_of(url) as stream:
+        found = []
+        for count in (1, 0, 2, 3):
+            steps: Iterator[Any] = stream.steps(count)
+            found += [torch.cat([batch.ids for batch in step]).numpy() for step in steps]
+        for step in stream.steps(2):  # a consumer that breaks off has taken this one
+            assert len(step) == 6
+            break
+        assert stream.samples_seen == 7 * GLOBAL_BATCH
+    assert np.array_equal(np.stack(found), straight)
+
+
+def test_waiting_for_data_is_counted(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with stream_of(url) as stream:
+        whole = stream.store.folder.read
+
+        def slow(name: str) -> bytes:
+            time.sleep(0.1)
+            return whole(name)
+
+        monkeypatch.setattr(stream.store.folder, "read", slow)
+        next(stream.steps(1))
+        assert stream.data_wait_seconds >= 0.1
+        waited = stream.data_wait_seconds
+        while stream.batches_ready < 4:
+            time.sleep(0.01)
+        next(stream.steps(1))
+        assert stream.data_wait_seconds < waited + 1
+
+
+# Asked wrongly
+
+
+def test_a_world_that_does_not_divide_the_batch_names_those_that_do(url: str) -> None:
+    with pytest.raises(AskedWrongly, match=r"24 in micro-batches of 4 .* by 5 processes. Use 1, 2, 3 or 6 processes"):
+        stream_of(url, world_size=5)
+    with pytest.raises(AskedWrongly, match=r"24 cannot be cut into micro-batches of 7"):
+        stream_of(url, micro_batch=7)
+
+
+def test_a_batch_larger_than_the_split_is_refused(url: str) -> None:
+    with pytest.raises(AskedWrongly, match=r"global batch of 1000 is more than the 154 shapes in split 'train'"):
+        stream_of(url, global_batch=1000)
+
+
+def test_a_split_without_shapes_is_refused(url: str) -> None:
+    with pytest.raises(StoreError, match=r"no complete shape in split 'validation'. .*train, test, validation"):
+        stream_of(url, split="validation")
+    with pytest.raises(StoreError, match=r"no split 'tran'. It has train, test, validation"):
+        stream_of(url, split="tran")
+
+
+def test_more_points_than_stored_are_refused(url: str) -> None:
+    with pytest.raises(AskedWrongly, match=r"num_points is 1024, but .* holds 20 points"):
+        stream_of(url, num_points=1024)
+
+
+def test_a_missing_field_names_the_command_that_writes_it(tmp_path: Path) -> None:
+    folder = str(tmp_path / "store")
+    write_small_store(folder, fields=["points", "split", "id"])
+    with pytest.raises(MissingField, match=r"no field 'label' .* `viewpoint ingest"):
+        stream_of(folder)
+
+
+def test_a_missing_teacher_names_the_command_that_writes_its_fields(url: str) -> None:
+    with pytest.raises(MissingField, match=r"`viewpoint cache .* --teacher vit`"):
+        stream_of(url, WholeBatch, teacher="vit")
+    with pytest.raises(AskedWrongly, match=r"WholeBatch reads 'view_features', which a teacher wrote"):
+        stream_of(url, WholeBatch)
+
+
+def test_text_cannot_be_streamed(url: str) -> None:
+    with pytest.raises(ValueError, match=r"IdTextBatch reads 'id', which is text"):
+        stream_of(url, IdTextBatch)
+
+
+def test_a_stream_needs_a_store_and_a_start_on_a_whole_batch(url: str) -> None:
+    with pytest.raises(AskedWrongly, match=r"`--data URL`"):
+        stream_of(None)
+    with pytest.raises(AskedWrongly, match=r"25 samples seen are no whole number of global batches of 24"):
+        stream_of(url, start=25)
+
+
+def test_ids_alone_need_no_read_of_any_field(url: str) -> None:
+    with stream_of(url, IdBatch) as stream:
+        list(stream.steps(stream.steps_per_epoch))
+        assert stream.bytes_read == 0
