@@ -57,7 +57,7 @@ class MultiViewClassifier(nn.Module):
         self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
 
     def forward(self, views: UInt8[Tensor, "b v h w 3"]) -> ViewPredictions:
-        """Descriptors, and logits of the shape (from the maximum over its views) and of each view, by one classifier."""
+        """Descriptors, and logits of the shape (from the maximum over views) and of each view, by one classifier."""
         descriptors = self.describe(views)
         shape = self.to_global(descriptors.amax(dim=1))
         return ViewPredictions(descriptors, self.classifier(shape), self.classifier(descriptors))

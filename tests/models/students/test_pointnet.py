@@ -1,5 +1,7 @@
 """Tests of models/students/pointnet.py and of the students' union."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,7 +49,7 @@ def test_the_encoder_has_as_many_parameters_as_the_paper_s() -> None:
 
 def test_the_original_network_is_a_matter_of_widths() -> None:
     def layers(*widths: int) -> int:
-        return sum(a * b + 3 * b for a, b in zip(widths, widths[1:], strict=False))
+        return sum(a * b + 3 * b for a, b in pairwise(widths))
 
     transforms = sum(layers(k, 64, 128, 1024, 512, 256) + 257 * k * k for k in (3, 64))
     assert num_parameters(PLAIN.build()) == transforms + layers(3, 64, 64) + layers(64, 64, 128, 1024)

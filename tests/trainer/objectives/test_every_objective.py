@@ -1,0 +1,180 @@
+"""What holds for every objective. A new one adds a case."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, get_args
+
+import pytest
+import torch
+import torch.distributed as dist
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from datastore.batch import Batch
+from datastore.schema import FIELDS
+from models.students import build_student
+from tests.ranks import run_ranks
+from trainer.objectives import ObjectiveConfig
+from trainer.objectives.base import Corpus, Objective
+from trainer.objectives.pointmcd import PointMCDBatch
+from trainer.objectives.view_classifier import ViewClassifierBatch
+
+CLASSES, VIEWS, SAMPLES, POINTS, WIDTH = 3, 4, 6, 32, 16
+CORPUS = Corpus(
+    class_names=tuple(f"class {k}" for k in range(CLASSES)),
+    num_views=VIEWS,
+    image_size=32,
+    teacher_dims={"teacher": WIDTH},
+)
+IMAGE_MODEL = {"name": "test_resnet", "image_size": 32}
+
+
+def pointmcd_batch() -> PointMCDBatch:
+    random = torch.Generator().manual_seed(0)
+    visibility = torch.rand(SAMPLES, POINTS, VIEWS, generator=random) < 0.4
+    visibility[0, :, 1:] = False  # ranks with half a batch have unequal numbers of empty views
+    visibility[1, :, 2] = False
+    visibility[5, :, 0] = False
+    label = torch.randint(0, CLASSES, (SAMPLES,), generator=random)
+    label[4] = -1  # and of labels
+    points = torch.randn(SAMPLES, POINTS, 3, generator=random)
+    features = torch.rand(SAMPLES, VIEWS, WIDTH, generator=random)
+    return PointMCDBatch(torch.arange(SAMPLES), torch.arange(SAMPLES) * 7, points, visibility, label, features)
+
+
+def view_classifier_batch() -> ViewClassifierBatch:
+    random = torch.Generator().manual_seed(0)
+    views = torch.randint(0, 256, (SAMPLES, VIEWS, 32, 32, 3), generator=random, dtype=torch.uint8)
+    label = torch.randint(0, CLASSES, (SAMPLES,), generator=random)
+    label[:2] = -1
+    return ViewClassifierBatch(torch.arange(SAMPLES), torch.arange(SAMPLES) * 7, views, label)
+
+
+CASES: dict[str, tuple[dict[str, Any], Callable[[], Batch]]] = {
+    "pointmcd": ({"kind": "pointmcd", "teacher": "teacher"}, pointmcd_batch),
+    "pointmcd, empty views counted": (
+        {"kind": "pointmcd", "teacher": "teacher", "count_empty_views": True},
+        pointmcd_batch,
+    ),
+    "pointmcd without a teacher": ({"kind": "pointmcd", "teacher": "none", "alignment_weight": 0}, pointmcd_batch),
+    "pointmcd without labels": ({"kind": "pointmcd", "teacher": "teacher", "task_weight": 0}, pointmcd_batch),
+    "view_classifier": ({"kind": "view_classifier", "image_model": IMAGE_MODEL}, view_classifier_batch),
+    "view_classifier, some views": (
+        {"kind": "view_classifier", "image_model": IMAGE_MODEL, "views_per_step": 2},
+        view_classifier_batch,
+    ),
+}
+
+
+def build(case: str) -> Objective[Any]:
+    """The same weights every time, in eval mode: batch statistics would tie samples together."""
+    torch.manual_seed(0)
+    config: Any = TypeAdapter(ObjectiveConfig).validate_python(CASES[case][0])
+    student = build_student({"kind": "pointnet", "width": 0.125}) if config.needs_student else None
+    objective: Objective[Any] = config.build(student, CORPUS).eval()
+    for name, parameter in objective.named_parameters():
+        if not parameter.any() and name.endswith("weight"):  # image networks begin with residual branches switched off
+            torch.nn.init.ones_(parameter)
+    return objective
+
+
+def backward(objective: Objective[Any], batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Terms, and gradients by parameter."""
+    objective.zero_grad()
+    terms = objective(batch)
+    torch.stack(list(terms.values())).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+    return {name: term.detach() for name, term in terms.items()}, gradients
+
+
+def part_of(batch: Batch, rows: slice) -> Any:
+    values = {field.name: getattr(batch, field.name)[rows] for field in dataclasses.fields(batch)}
+    return type(batch)(**values)
+
+
+def terms_and_gradients_of_this_rank() -> dict[str, Any]:
+    rank, half = dist.get_rank(), SAMPLES // 2
+    return {
+        case: backward(build(case), part_of(make_batch(), slice(rank * half, (rank + 1) * half)))
+        for case, (_, make_batch) in CASES.items()
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_reaches_every_parameter(case: str) -> None:
+    objective = build(case)
+    _, gradients = backward(objective, CASES[case][1]())
+    for name, _ in objective.named_parameters():
+        assert name in gradients and gradients[name].any() and torch.isfinite(gradients[name]).all(), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_reaches_the_data(case: str) -> None:
+    batch = CASES[case][1]()
+    before = {field.name: getattr(batch, field.name).clone() for field in dataclasses.fields(batch)}
+    for name, tensor in vars(batch).items():
+        if tensor.is_floating_point() and name != "points":
+            tensor.requires_grad_()
+    backward(build(case), batch)
+    for name, tensor in vars(batch).items():
+        assert tensor.grad is None and torch.equal(tensor.detach(), before[name]), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_terms_are_weighted_float32_scalars_that_a_training_step_lowers(case: str) -> None:
+    objective, batch = build(case).train(), CASES[case][1]()
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.05)
+    losses = []
+    for _ in range(8):
+        terms, _ = backward(objective, batch)
+        assert all(term.shape == () and term.dtype == torch.float32 for term in terms.values())
+        losses.append(torch.stack(list(terms.values())).sum().item())
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_batch_gives_the_same_terms_and_gradients_to_the_bit(case: str) -> None:
+    batch = CASES[case][1]()
+    first, second = backward(build(case).train(), batch), backward(build(case).train(), batch)
+    for before, after in zip(first, second, strict=True):
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_order_of_samples_does_not_matter(case: str) -> None:
+    batch, objective = CASES[case][1](), build(case)
+    order: Any = [3, 0, 5, 1, 2, 4]
+    expected = backward(objective, batch)[0]
+    for name, term in backward(objective, part_of(batch, order))[0].items():
+        torch.testing.assert_close(term, expected[name])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_batch_without_labels_is_finite(case: str) -> None:
+    batch = CASES[case][1]()
+    unlabelled = dataclasses.replace(batch, label=torch.full((SAMPLES,), -1))  # type: ignore[call-arg]
+    terms, gradients = backward(build(case).train(), unlabelled)
+    assert all(torch.isfinite(value).all() for value in (*terms.values(), *gradients.values()))
+
+
+def test_half_a_batch_on_each_of_two_ranks_is_the_whole_batch_on_one() -> None:
+    ranks = run_ranks(terms_and_gradients_of_this_rank)
+    for case, (_, make_batch) in CASES.items():
+        whole = backward(build(case), make_batch())
+        for expected, *parts in zip(whole, *(rank[case] for rank in ranks), strict=True):
+            assert parts[0].keys() == parts[1].keys() == expected.keys(), case
+            for name, value in expected.items():
+                mean = (parts[0][name] + parts[1][name]) / 2  # as the engine averages
+                torch.testing.assert_close(mean, value, rtol=1e-4, atol=1e-6, msg=f"{case}: {name}")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_batch_names_fields_of_the_store(case: str) -> None:
+    batch_type = build(case).batch_type
+    assert isinstance(CASES[case][1](), batch_type) and set(batch_type.store_fields()) <= FIELDS.keys()
+
+
+def test_every_objective_of_the_union_has_a_case() -> None:
+    kinds = {config.model_fields["kind"].default for config in get_args(get_args(ObjectiveConfig)[0])}
+    assert kinds == {config["kind"] for config, _ in CASES.values()}

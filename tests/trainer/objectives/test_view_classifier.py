@@ -1,0 +1,80 @@
+"""Tests of trainer/objectives/view_classifier.py."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from datastore.errors import DoNotRetry
+from trainer.objectives.base import Corpus
+from trainer.objectives.means import smoothed_cross_entropy
+from trainer.objectives.view_classifier import (
+    ViewClassifier,
+    ViewClassifierBatch,
+    ViewClassifierConfig,
+    some_views,
+)
+
+CORPUS = Corpus(class_names=("chair", "lamp", "table"), num_views=4, image_size=32)
+
+
+def make_objective(views_per_step: int | None = None) -> ViewClassifier:
+    torch.manual_seed(0)
+    config = ViewClassifierConfig.model_validate(
+        {"image_model": {"name": "test_resnet", "image_size": 32}, "views_per_step": views_per_step}
+    )
+    return config.build(None, CORPUS)
+
+
+def make_batch(b: int = 3) -> ViewClassifierBatch:
+    generator = torch.Generator().manual_seed(0)
+    return ViewClassifierBatch(
+        ids=torch.arange(b),
+        seeds=torch.arange(b),
+        views=torch.randint(0, 256, (b, 4, 32, 32, 3), generator=generator, dtype=torch.uint8),
+        label=torch.randint(0, 3, (b,), generator=generator),
+    )
+
+
+def test_the_terms_are_the_losses_of_the_shape_and_of_its_views() -> None:
+    objective, batch = make_objective().eval(), make_batch()
+    terms = objective(batch)
+    predictions = objective.encoder(batch.views)
+    torch.testing.assert_close(terms["global"], smoothed_cross_entropy(predictions.global_logits, batch.label, 0.2))
+    by_view = [smoothed_cross_entropy(predictions.view_logits[:, v], batch.label, 0.2) for v in range(4)]
+    torch.testing.assert_close(terms["views"], torch.stack(by_view).mean())
+
+
+def test_a_shape_without_a_label_does_not_count() -> None:
+    objective, batch = make_objective().eval(), make_batch()
+    label = batch.label.clone()
+    label[1] = -1
+    kept = [0, 2]
+    rest = ViewClassifierBatch(batch.ids[kept], batch.seeds[kept], batch.views[kept], batch.label[kept])
+    expected = objective(rest)
+    for name, term in objective(dataclasses.replace(batch, label=label)).items():
+        torch.testing.assert_close(term, expected[name])
+
+
+def test_some_views_are_drawn_without_repetition_by_the_shape_s_seed() -> None:
+    views = torch.arange(12, dtype=torch.uint8).view(1, 12, 1, 1, 1).expand(50, 12, 1, 1, 3).contiguous()
+    seeds = torch.arange(50)
+    drawn = some_views(views, seeds, 4)[..., 0, 0, 0]
+    assert all(len(set(row)) == 4 for row in drawn.tolist())
+    assert set(drawn.flatten().tolist()) == set(range(12)) and len({tuple(row) for row in drawn.tolist()}) > 40
+    assert torch.equal(some_views(views[20:], seeds[20:], 4)[..., 0, 0, 0], drawn[20:])
+    assert some_views(views, seeds, None) is views and some_views(views, seeds, 12) is views
+
+
+def test_fewer_views_a_step_make_a_smaller_forward_pass() -> None:
+    objective, batch = make_objective(views_per_step=2), make_batch()
+    seen = []
+    objective.encoder.trunk.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].shape))
+    objective(batch)
+    assert seen == [(6, 3, 32, 32)]
+
+
+def test_a_store_without_classes_is_refused() -> None:
+    config = ViewClassifierConfig.model_validate({"image_model": {"name": "test_resnet", "image_size": 32}})
+    with pytest.raises(DoNotRetry, match="names no classes"):
+        config.build(None, dataclasses.replace(CORPUS, class_names=()))

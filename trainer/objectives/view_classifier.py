@@ -1,0 +1,82 @@
+"""View classifier: an image network that names a shape from its views, and from each alone. PointMCD's teacher."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Int64, UInt8
+from pydantic import BaseModel, Field, PositiveInt
+from torch import Tensor
+
+from datastore.batch import Batch
+from datastore.errors import DoNotRetry
+from models.encoding import PointEncoder
+from models.image_models import ImageModelConfig, MultiViewClassifier
+from trainer.augment import uniform
+from trainer.objectives.base import Corpus, Objective, Terms
+from trainer.objectives.means import UNLABELLED, rank_share, smoothed_cross_entropy
+
+
+class ViewClassifierConfig(BaseModel, extra="forbid", frozen=True):
+    """The image network and how it is trained."""
+
+    kind: Literal["view_classifier"] = "view_classifier"
+    needs_student: ClassVar[bool] = False
+
+    image_model: ImageModelConfig
+    label_smoothing: float = Field(0.2, ge=0, lt=1)
+    views_per_step: PositiveInt | None = None  # of each shape, drawn anew each epoch; None: all, as published
+
+    def build(self, student: PointEncoder | None, corpus: Corpus) -> "ViewClassifier":
+        """The objective, sized for a corpus."""
+        assert student is None, "RunConfig checks needs_student"
+        return ViewClassifier(self, corpus)
+
+
+@dataclass(frozen=True)
+class ViewClassifierBatch(Batch):
+    views: UInt8[Tensor, "b v h w 3"]
+    label: Int64[Tensor, " b"]
+
+
+class ViewClassifier(Objective[ViewClassifierBatch]):
+    """Terms: `global`, from the maximum over views, and `views`, the mean over single ones; both with weight 1."""
+
+    batch_type = ViewClassifierBatch
+
+    def __init__(self, config: ViewClassifierConfig, corpus: Corpus) -> None:
+        super().__init__()
+        if not corpus.class_names:
+            raise DoNotRetry(
+                "Objective 'view_classifier' learns from labels, but the store names no classes. "
+                "Ingest a source that has them."
+            )
+        self.config = config
+        self.classifier = MultiViewClassifier(config.image_model, len(corpus.class_names))
+
+    @property
+    def encoder(self) -> MultiViewClassifier:
+        """The whole classifier: its descriptors of single views are what a student learns from."""
+        return self.classifier
+
+    def forward(self, batch: ViewClassifierBatch) -> Terms:
+        predictions = self.classifier(some_views(batch.views, batch.seeds, self.config.views_per_step))
+        smoothing, label = self.config.label_smoothing, batch.label
+        share = rank_share((label != UNLABELLED).sum())
+        view_logits = predictions.view_logits
+        view_label = label.repeat_interleave(view_logits.shape[1])
+        return {
+            "global": share * smoothed_cross_entropy(predictions.global_logits, label, smoothing),
+            "views": share * smoothed_cross_entropy(view_logits.flatten(0, 1), view_label, smoothing),
+        }
+
+
+def some_views(
+    views: UInt8[Tensor, "b v h w 3"], seeds: Int64[Tensor, " b"], count: int | None
+) -> UInt8[Tensor, "b u h w 3"]:
+    """All views, or `count` of each shape, drawn without repetition by the shape's seed."""
+    num_views = views.shape[1]
+    if count is None or count >= num_views:
+        return views
+    chosen = uniform(seeds, num_views, "views of this step").argsort(dim=1, stable=True)[:, :count]
+    return views[torch.arange(len(views), device=views.device)[:, None], chosen]
