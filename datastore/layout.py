@@ -498,6 +498,8 @@ def create_store(url: str | os.PathLike[str], attributes: StoreAttributes, field
     fields = tuple(name for name in schema.INGEST_FIELDS if name in set(fields))
     if not {"split", "id"} <= set(fields):
         raise StoreError(f"{folder.url}: every store has the fields split and id; asked for {', '.join(fields)}.")
+    if folder.is_local and folder.local_path.is_file():
+        raise StoreError(f"{folder.url} is a file; a store is a folder. The order is `viewpoint ingest SOURCE STORE`.")
     # another creator's group is there before its arrays are, so a listing without it is not of a store in the making
     present = set(folder.names()) - {BOOKKEEPING_FOLDER}
     if present and "zarr.json" not in present:
@@ -551,7 +553,19 @@ def newest_manifest(folder: ObjectFolder) -> Manifest:
     numbers = _numbers(folder.names(_MANIFESTS_FOLDER))
     if not numbers:
         return Manifest()
-    return _parse(Manifest, folder.read(manifest_name(numbers[-1])), f"{folder.url}/{manifest_name(numbers[-1])}")
+    name = manifest_name(numbers[-1])
+    mend = "Remove it: the one before it counts then, and the next `viewpoint ingest` or `cache` writes a new one."
+    return parse_document(Manifest, folder.read(name), f"{folder.url}/{name}", mend)
+
+
+def parse_document(model: type[Model], content: bytes, where: str, mend: str) -> Model:
+    """The object that a JSON document describes; an error that names the document and how to mend it."""
+    try:
+        return model.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
+        raise StoreError(f"{where} is damaged or from another version of Viewpoint ({problem}). {mend}") from error
 
 
 def _numbers(names: Iterable[str]) -> list[int]:
@@ -589,23 +603,18 @@ def _read_attributes(folder: ObjectFolder) -> tuple[StoreAttributes, tuple[str, 
             f"{folder.url} has schema version {version}; this Viewpoint reads version {schema.SCHEMA_VERSION}. Use the "
             f"Viewpoint that wrote it, or ingest the source again into a new store."
         )
-    attributes = _parse(
-        StoreAttributes, json.dumps(found_attributes[_ATTRIBUTES_KEY]).encode(), f"{folder.url}/zarr.json"
-    )
+    content = json.dumps(found_attributes[_ATTRIBUTES_KEY]).encode()
+    mend = "Restore it from a copy, or ingest the source again into a new store."
+    attributes = parse_document(StoreAttributes, content, f"{folder.url}/zarr.json", mend)
     return attributes, tuple(found_attributes[_FIELDS_KEY])
 
 
 def _read_teacher(folder: ObjectFolder, key: str) -> TeacherAttributes:
     name = f"{_TEACHERS_FOLDER}/{key}/zarr.json"
     document = json.loads(folder.read(name))
-    return _parse(TeacherAttributes, json.dumps(document["attributes"][_TEACHER_KEY]).encode(), f"{folder.url}/{name}")
-
-
-def _parse(model: type[Model], content: bytes, where: str) -> Model:
-    try:
-        return model.model_validate_json(content)
-    except ValidationError as error:
-        raise StoreError(f"{where} is damaged or from another version of Viewpoint: {error}") from error
+    found = json.dumps(document["attributes"].get(_TEACHER_KEY, {})).encode()
+    mend = f"Remove {_TEACHERS_FOLDER}/{key} and run `viewpoint cache {folder.url} --teacher {key.partition('@')[0]}`."
+    return parse_document(TeacherAttributes, found, f"{folder.url}/{name}", mend)
 
 
 def _write_array_documents(store: Store, scope: str) -> None:

@@ -34,6 +34,7 @@ from datastore.layout import (
     commit_numbers,
     manifest_name,
     newest_manifest,
+    parse_document,
 )
 from datastore.objects import ObjectFolder
 
@@ -66,7 +67,14 @@ class BlockWriter:
         index, count = part
         if not 0 <= index < count:
             raise AskedWrongly(f"There is no part {index} of {count}: parts are 0/{count} to {count - 1}/{count}.")
-        blocks = range(self.store.num_blocks) if self.scope == INGEST else self.store.manifest.scope(INGEST).blocks
+        blocks = list(range(self.store.num_blocks))
+        if self.scope != INGEST:
+            blocks = self.store.manifest.scope(INGEST).blocks
+            if not blocks:
+                raise StoreError(
+                    f"{self.store.url} had nothing ingested when it was opened, with manifest "
+                    f"{self.store.manifest.number}. Finish `viewpoint ingest` first, or open it again."
+                )
         committed = set(commit_numbers(self.store.folder, self.scope))
         return [block for block in blocks if block % count == index and block not in committed]
 
@@ -149,7 +157,7 @@ class OpenBlock:
 
     def _yield_to_other(self, ours: CommitRecord) -> None:
         """Another writer committed the block first. Its result stands, unless a late shard of ours went over it."""
-        theirs = _read_record(self._folder, self._record_name)
+        theirs = _parse_record(self._folder.read(self._record_name), f"{self._folder.url}/{self._record_name}")
         if theirs.shards == ours.shards:
             return
         damaged = [
@@ -371,7 +379,7 @@ def _gather(store: Store, scope: str) -> ScopeManifest:
         return ScopeManifest()
     names = {commit_name(scope, block): block for block in blocks}
     contents = store.folder.read_all(list(names))
-    records = {names[name]: _parse_record(content, name) for name, content in sorted(contents.items())}
+    records = {names[name]: _parse_record(content, f"{store.url}/{name}") for name, content in sorted(contents.items())}
     shards: dict[str, ShardSums] = {}
     for stored in store.fields_of(scope):
         sizes, sums = [0] * stored.num_shards, [0] * stored.num_shards
@@ -404,17 +412,9 @@ def _rows_by_reason(entries: Iterator[tuple[int, str]]) -> dict[str, tuple[int, 
     return {reason: tuple(sorted(rows[reason])) for reason in sorted(rows)}
 
 
-def _read_record(folder: ObjectFolder, name: str) -> CommitRecord:
-    return _parse_record(folder.read(name), name)
-
-
-def _parse_record(content: bytes, name: str) -> CommitRecord:
-    try:
-        return CommitRecord.model_validate_json(content)
-    except ValueError as error:
-        raise StoreError(
-            f"{name} is damaged ({error}). Remove it and run the command that wrote it again: it redoes that block."
-        ) from error
+def _parse_record(content: bytes, where: str) -> CommitRecord:
+    mend = "Remove it and run the command that wrote it again: it redoes that block."
+    return parse_document(CommitRecord, content, where, mend)
 
 
 def _crc32c(content: bytes) -> int:

@@ -1,4 +1,4 @@
-"""Small stores for tests: every field filled with values that a seed decides, so that two writers agree on every byte."""
+"""Small stores for tests: values follow from a seed, so that two writers agree on every byte."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,7 +8,15 @@ from numpy.dtypes import StringDType
 
 from datastore import schema
 from datastore.cameras import rig_by_name
-from datastore.layout import INGEST, Store, StoreAttributes, StoredField, TeacherAttributes, create_store
+from datastore.layout import (
+    INGEST,
+    Store,
+    StoreAttributes,
+    StoredField,
+    TeacherAttributes,
+    create_store,
+    open_store,
+)
 from datastore.write import BlockWriter, publish
 
 
@@ -78,8 +86,8 @@ def write_blocks(store: Store, blocks: Iterable[int], scope: str = INGEST, seed:
 def write_small_store(
     url: str, attributes: StoreAttributes | None = None, fields: Sequence[str] = schema.INGEST_FIELDS, seed: int = 0
 ) -> Store:
-    """A complete, published store filled with `sample_arrays`, as `create_store` returns it."""
+    """A complete, published store filled with `sample_arrays`."""
     store = create_store(url, attributes or small_attributes(), fields)
     write_blocks(store, BlockWriter(store).pending(), seed=seed)
     publish(store)
-    return store
+    return open_store(url)
