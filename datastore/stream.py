@@ -63,7 +63,7 @@ def open_stream(
     seed: int,
     start: int = 0,
 ) -> "Stream[BatchT]":
-    """This rank's batches from sample `start` on. What can be asked wrongly is found here, before anything is read."""
+    """This rank's batches from sample `start` on. What can be asked wrongly is found here, not at the first batch."""
     if config.store_url is None:
         raise AskedWrongly("No store to read from: name one with `--data URL`, or as data.store_url in the recipe.")
     if not 0 <= rank < world_size:
@@ -85,9 +85,9 @@ def open_stream(
         )
     # the smallest shards set the window: whoever reads images holds few of them, and points lie beside
     shard_rows = min((reader.stored.shard_rows for reader in readers.values()), default=store.attributes.block_rows)
-    corpus = _Samples(rows, readers, Order(len(rows), shard_rows, config.window_shards, seed))
-    _check_memory(corpus, config)
-    return Stream(store, config, batch_type, corpus, shares, seed, start)
+    samples = _Samples(rows, readers, Order(len(rows), shard_rows, config.window_shards, seed))
+    _check_memory(samples, config)
+    return Stream(store, config, batch_type, samples, shares, seed, start)
 
 
 class Stream(Generic[BatchT]):
