@@ -1,0 +1,301 @@
+"""What a teacher says must depend on its weights and on one shape alone, and survive being stopped anywhere."""
+
+import argparse
+import json
+import threading
+from collections import namedtuple
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from datastore.errors import AskedWrongly, DoNotRetry, MissingField, Stopped, StoreError
+from datastore.layout import Store, open_store
+from datastore.write import verify
+from models.exported import save_exported
+from models.image_models import ImageModelConfig, MultiViewClassifier, PooledTrunk
+from models.students import build_student
+from tests.stores import small_attributes, write_small_store
+from trainer import cache as cache_stage
+from trainer.cache import add_arguments, cache, load_teacher, run, teacher_attributes
+
+ROWS = 36  # blocks of 16, 16 and 4
+CONFIG = ImageModelConfig(name="test_resnet", image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+FIELD = "teachers/{key}/view_features"
+
+
+def make_store(path: Path, fields: Sequence[str] = ("views", "split", "id")) -> Store:
+    return write_small_store(str(path), small_attributes(num_rows=ROWS, block_rows=16), fields)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return make_store(tmp_path / "store.zarr")
+
+
+@pytest.fixture(scope="module")
+def teacher() -> MultiViewClassifier:
+    torch.manual_seed(0)
+    classifier = MultiViewClassifier(CONFIG, num_classes=3)
+    with torch.no_grad():  # statistics as after training: in train mode, or with fresh ones, features would differ
+        for module in classifier.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.uniform_(-0.2, 0.2)
+                module.running_var.uniform_(0.5, 2)
+    return classifier.eval().requires_grad_(False)
+
+
+def features_of(store: Store, key: str) -> np.ndarray:
+    return open_store(store.url).read(FIELD.format(key=key), range(len(store)))
+
+
+def test_cached_features_equal_a_fresh_forward_in_eval_mode(store: Store, teacher: MultiViewClassifier) -> None:
+    summary = cache(store, teacher, "teacher")
+    assert summary.is_complete and summary.rows == ROWS and summary.images == 12 * ROWS
+    views = torch.from_numpy(store.read("views", range(ROWS)))
+    with torch.inference_mode():
+        expected = teacher.describe(views)  # one large batch, as nobody would cache it
+    cached = torch.from_numpy(features_of(store, summary.teacher))
+    assert cached.dtype == torch.float16
+    torch.testing.assert_close(cached.float(), expected, rtol=2**-10, atol=1e-5)
+    assert verify(open_store(store.url)) == []
+
+
+@pytest.mark.parametrize(("batch", "threads"), [(1, 3), (9, 1), (64, 2)])
+def test_features_do_not_depend_on_batches_threads_or_workers(
+    tmp_path: Path, teacher: MultiViewClassifier, batch: int, threads: int
+) -> None:
+    one = make_store(tmp_path / "one.zarr")
+    many = make_store(tmp_path / "many.zarr")
+    before = torch.get_num_threads()
+    key = cache(one, teacher, "teacher").teacher
+    torch.set_num_threads(threads)
+    try:
+        for rank in (1, 0):
+            cache(many, teacher, "teacher", part=(rank, 2), batch=batch)
+        assert torch.get_num_threads() == threads, "the caller's setting is given back"
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(features_of(one, key), features_of(many, key))
+
+
+def test_stopped_between_blocks_and_resumed_equals_undisturbed(
+    tmp_path: Path, teacher: MultiViewClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = make_store(tmp_path / "one.zarr")
+    disturbed = make_store(tmp_path / "two.zarr")
+    key = cache(undisturbed, teacher, "teacher").teacher
+
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Stopped, match=r"16 of 36 shapes.*same command goes on"):
+        cache(disturbed, teacher, "teacher", batch=8, stop=stop)
+    with pytest.raises(MissingField, match="1 of 3 blocks"):
+        open_store(disturbed.url).resolve_teacher("teacher")
+
+    summary = cache(disturbed, teacher, "teacher")
+    assert summary.rows == 20, "what was there is not done again"
+    np.testing.assert_array_equal(features_of(undisturbed, key), features_of(disturbed, key))
+    assert cache(disturbed, teacher, "teacher").rows == 0
+
+
+def test_a_slow_block_is_given_up_when_asked_to_stop(
+    store: Store, teacher: MultiViewClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_stage, "_FINISH_SECONDS", 0.0)
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Stopped, match="Stopped after 0 of 36 shapes"):
+        cache(store, teacher, "teacher", batch=8, stop=stop)
+
+
+def test_killed_within_a_block_leaves_no_trace(
+    tmp_path: Path, teacher: MultiViewClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(tmp_path / "store.zarr")
+    reference = make_store(tmp_path / "reference.zarr")
+    key = cache(reference, teacher, "teacher").teacher
+    calls = 0
+
+    class Killed(BaseException):
+        pass
+
+    def dies(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise Killed
+
+    monkeypatch.setattr(cache_stage, "_refuse_overflow", dies)
+    with pytest.raises(Killed):
+        cache(store, teacher, "teacher", batch=8)
+    monkeypatch.undo()
+    assert cache(store, teacher, "teacher").rows == 20
+    np.testing.assert_array_equal(features_of(store, key), features_of(reference, key))
+
+
+def test_rows_without_a_shape_get_zeros(tmp_path: Path, teacher: MultiViewClassifier) -> None:
+    from datastore import schema
+    from datastore.layout import QuarantinedRow, create_store
+    from datastore.write import BlockWriter, publish
+    from tests.stores import sample_arrays
+
+    store = create_store(
+        str(tmp_path / "store.zarr"), small_attributes(num_rows=16, block_rows=16), ("views", "split", "id")
+    )
+    arrays = sample_arrays(store)
+    arrays["split"][5] = schema.QUARANTINED
+    BlockWriter(store).write(0, arrays, [QuarantinedRow(5, str(arrays["id"][5]), "no triangle")])
+    publish(store)
+    store = open_store(store.url)
+    features = features_of(store, cache(store, teacher, "teacher").teacher)
+    assert not features[5].any() and features[4].any()
+
+
+def test_the_hash_tells_weights_input_size_and_normalisation_apart(store: Store) -> None:
+    torch.manual_seed(0)
+    reference = PooledTrunk(CONFIG)
+    keys = {teacher_attributes(store, reference, "t").key}
+    for changes in ({"image_size": 40}, {"mean": (0.4, 0.5, 0.5)}, {"std": (0.3, 0.25, 0.25)}):
+        torch.manual_seed(0)
+        keys.add(teacher_attributes(store, PooledTrunk(CONFIG.model_copy(update=changes)), "t").key)
+    assert len(keys) == 4
+    torch.manual_seed(0)
+    same = PooledTrunk(CONFIG)
+    assert teacher_attributes(store, same, "t").key in keys
+    next(same.parameters()).data.view(-1)[0] += 1e-6
+    assert teacher_attributes(store, same, "t").key not in keys
+
+
+def test_two_teachers_lie_side_by_side(store: Store, teacher: MultiViewClassifier) -> None:
+    one = cache(store, teacher, "teacher").teacher
+    torch.manual_seed(1)
+    other = cache(open_store(store.url), PooledTrunk(CONFIG).eval(), "other").teacher
+    teachers = open_store(store.url).teachers
+    assert set(teachers) == {one, other}
+    assert teachers[one].dim == 512 and teachers[one].mean == CONFIG.mean and teachers[one].image_size == 32
+
+
+def test_features_that_float16_cannot_hold_are_refused(store: Store, teacher: MultiViewClassifier) -> None:
+    torch.manual_seed(0)
+    loud = MultiViewClassifier(CONFIG, 3).eval()
+    with torch.no_grad():
+        for module in loud.to_descriptor.modules():
+            if isinstance(module, torch.nn.BatchNorm1d):
+                module.bias.fill_(1e6)
+    with pytest.raises(StoreError, match=r"row 0: .*float16 cannot hold"):
+        cache(store, loud, "loud")
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_runs(
+    store: Store, teacher: MultiViewClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(cache_stage.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 64 * 2**20 + 1000))
+    with pytest.raises(DoNotRetry, match=r"take 0\.4 MB more, and its disk has 67\.1 MB free"):
+        cache(store, teacher, "teacher")
+
+
+# The stage
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def export(teacher: MultiViewClassifier, folder: Path) -> Path:
+    config = {"kind": "image_model", "image_model": CONFIG.model_dump(), "num_classes": 3}
+    save_exported(folder, config, teacher, "card", {})
+    return folder
+
+
+def test_the_stage_caches_an_exported_teacher(
+    store: Store, teacher: MultiViewClassifier, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = export(teacher, tmp_path / "export")
+    assert run(arguments(store.url, "--teacher", "mine", "--weights", str(folder), "--json")) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["is_complete"] and result["rows"] == ROWS
+    assert result["teacher"] == teacher_attributes(store, teacher, "mine").key
+    assert open_store(store.url).resolve_teacher("mine") == result["teacher"]
+
+
+def test_ranks_write_their_parts(
+    store: Store, teacher: MultiViewClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = export(teacher, tmp_path / "export")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, complete in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        run(arguments(store.url, "--teacher", "mine", "--weights", str(folder)))
+        assert bool(open_store(store.url).teachers) == complete
+
+
+def test_random_weights_are_said_aloud_and_are_the_same_in_every_process(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (store.url, "--teacher", "test_resnet", "--random-weights", "--image-size", "32", "--json")
+    run(arguments(*words))
+    first = capsys.readouterr()
+    assert "random weights, as asked" in first.err
+    torch.rand(3)
+    run(arguments(*words))
+    assert json.loads(capsys.readouterr().out)["rows"] == 0
+    assert json.loads(first.out)["rows"] == ROWS
+
+
+def test_a_timm_model_takes_its_own_normalisation_and_the_weights_of_a_file(tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(5)
+    model = timm.create_model("test_resnet", num_classes=7)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    teacher = load_teacher("test_resnet", str(tmp_path / "weights.safetensors"))
+    assert isinstance(teacher, PooledTrunk)
+    assert torch.equal(teacher.trunk.state_dict()["conv1.0.weight"], model.state_dict()["conv1.0.weight"])
+    made_for = timm.get_pretrained_cfg("test_resnet")
+    assert made_for is not None and teacher.image_size == made_for.input_size[-1]
+    assert teacher.mean.flatten().tolist() == pytest.approx(made_for.mean)
+
+
+def point_encoder(folder: Path) -> Path:
+    config = {"kind": "pointnet", "width": 0.1}
+    save_exported(folder, {"kind": "student", "student": config}, build_student(config), "card", {})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words", "error", "message"),
+    [
+        (lambda path: path / "absent", (), AskedWrongly, "nothing is there"),
+        (lambda path: path, (), AskedWrongly, "is no exported model"),
+        (point_encoder, (), AskedWrongly, "point encoder"),
+        (lambda path: None, ("--random-weights", "--teacher", "resnet_of_mine"), AskedWrongly, "no model"),
+        (lambda path: None, ("--random-weights", "--batch", "0"), AskedWrongly, "one at least"),
+        (lambda path: None, ("--random-weights", "--teacher", "test_resnet.r160_in1k/x"), AskedWrongly, "no model"),
+    ],
+)
+def test_what_cannot_be_a_teacher_is_refused(
+    store: Store,
+    tmp_path: Path,
+    prepare: Callable[[Path], Path | None],
+    words: tuple[str, ...],
+    error: type[Exception],
+    message: str,
+) -> None:
+    weights = prepare(tmp_path / "export") if prepare is point_encoder else prepare(tmp_path)
+    given = () if weights is None else ("--weights", str(weights))
+    with pytest.raises(error, match=message):
+        run(arguments(store.url, "--teacher", "test_resnet", *given, *words))
+
+
+def test_a_store_without_views_is_refused_with_the_way_out(tmp_path: Path, teacher: MultiViewClassifier) -> None:
+    store = make_store(tmp_path / "store.zarr", fields=("points", "split", "id"))
+    with pytest.raises(MissingField, match=r"no field 'views'.*viewpoint ingest"):
+        cache(store, teacher, "teacher")
