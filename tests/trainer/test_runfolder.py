@@ -1,0 +1,101 @@
+"""Tests of `trainer/runfolder.py`, on local disk and on an object store in memory."""
+
+import threading
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from datastore.errors import DoNotRetry
+from trainer.config import load_recipe
+from trainer.runfolder import RunFolder
+
+
+@pytest.fixture(params=["local", "memory"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path / "runs" / "a")
+    filesystem = fsspec.filesystem("memory")
+    if filesystem.exists("/runs"):
+        filesystem.rm("/runs", recursive=True)
+    return "memory://runs/a"
+
+
+def test_what_is_written_is_read_back(url: str) -> None:
+    run = RunFolder(url)
+    assert not run.exists()
+    config = load_recipe("pointmcd", demo=True)
+    run.write_config(config)
+    run.append_event("started", world=2)
+    run.append_event("saved", step=3)
+    run.append_metrics({"step": 1, "loss": 0.5})
+    run.flush()
+    run.write_record("svm@heldout", {"accuracy": 0.5})
+    again = RunFolder(url)
+    assert again.exists()
+    assert again.name == "a"
+    assert again.config() == config
+    assert [event["event"] for event in again.events()] == ["started", "saved"]
+    assert again.metrics()[0]["loss"] == 0.5
+    assert again.records() == {"svm@heldout": {"accuracy": 0.5}}
+    last = again.last_event("started")
+    assert last is not None
+    assert last["world"] == 2
+    assert not again.is_finished()
+    run.append_event("finished", step=9)
+    assert again.is_finished()
+
+
+def test_two_writers_add_to_one_history(url: str) -> None:
+    trainer, launcher = RunFolder(url, writer="rank-0"), RunFolder(url, writer="launcher")
+    trainer.append_event("started")
+    launcher.append_event("restarted")
+    trainer.append_event("finished")
+    assert [event["event"] for event in RunFolder(url).events()] == ["started", "restarted", "finished"]
+
+
+def test_a_missing_run_says_how_to_start_one(url: str) -> None:
+    with pytest.raises(DoNotRetry, match="no config.yaml. Start one with `viewpoint launch JOB --run a`"):
+        RunFolder(url).config()
+
+
+def test_half_a_line_left_by_a_killed_writer_is_no_record(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path))
+    run.append_event("started")
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"time": 1, "eve')
+    assert [event["event"] for event in run.events()] == ["started"]
+
+
+def test_lines_of_many_threads_do_not_mix(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path))
+
+    def write(number: int) -> None:
+        for _ in range(50):
+            run.append_event("saved", number=number, padding="x" * 500)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(run.events()) == 200
+
+
+def test_arms_are_run_folders_below_the_run(url: str) -> None:
+    run = RunFolder(url)
+    config = load_recipe("pointmcd", demo=True)
+    run.write_config(config)
+    assert run.arms() == {}
+    run.arm("off").write_config(config.with_overrides({"objective.alignment_weight": 0.0}))
+    (name, arm), *rest = run.arms().items()
+    assert (name, rest) == ("off", [])
+    assert arm.config().hash() != config.hash()
+
+
+def test_a_file_can_be_removed(url: str) -> None:
+    run = RunFolder(url)
+    run.write_text("stop-requested", "")
+    run.remove("stop-requested")
+    run.remove("stop-requested")
+    assert run.read_text("stop-requested") is None
