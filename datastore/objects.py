@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Final, TypeGuard
 
 import fsspec
+from botocore.exceptions import BotoCoreError, NoCredentialsError  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem
 
-from datastore.errors import AskedWrongly, DoNotRetry, StoreError
+from datastore.errors import AskedWrongly, DoNotRetry, StoreError, ViewpointError
 
 BOOKKEEPING_FOLDER: Final = "_viewpoint"
 """Below a store's URL, what is no zarr: drafts, commit records, manifests."""
@@ -75,12 +76,14 @@ class ObjectFolder:
 
     def read(self, name: str) -> bytes:
         """One object's content; FileNotFoundError where there is none."""
-        content: bytes = self._filesystem.cat_file(self._path(name))
+        with self._explained(name):
+            content: bytes = self._filesystem.cat_file(self._path(name))
         return content
 
     def read_range(self, name: str, start: int, end: int) -> bytes:
         """The bytes of one object from `start` up to, not including, `end`; fewer where the object is shorter."""
-        content: bytes = self._filesystem.cat_file(self._path(name), start=start, end=end)
+        with self._explained(name):
+            content: bytes = self._filesystem.cat_file(self._path(name), start=start, end=end)
         return content
 
     def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
@@ -88,35 +91,38 @@ class ObjectFolder:
         if not names:
             return {}
         paths = {self._path(name): name for name in names}
-        found = self._filesystem.cat(list(paths), on_error="return")
-        if isinstance(found, bytes):  # fsspec gives the bare content for a list of one on some file systems
-            found = {next(iter(paths)): found}
         contents: dict[str, bytes] = {}
-        for path, content in found.items():
-            if isinstance(content, FileNotFoundError):
-                continue
-            if isinstance(content, BaseException):
-                raise content
-            contents[paths[path]] = content
+        with self._explained(names[0]):
+            found = self._filesystem.cat(list(paths), on_error="return")
+            if isinstance(found, bytes):  # fsspec gives the bare content for a list of one on some file systems
+                found = {next(iter(paths)): found}
+            for path, content in found.items():
+                if isinstance(content, FileNotFoundError):
+                    continue
+                if isinstance(content, BaseException):
+                    raise content
+                contents[paths[path]] = content
         return contents
 
     def size(self, name: str) -> int | None:
         """Bytes of one object; None where there is none."""
-        try:
-            return int(self._filesystem.size(self._path(name)))
-        except FileNotFoundError:
-            return None
+        # not `isfile`, which takes every failure, a refused access too, for an absent object
+        with self._explained(name), suppress(FileNotFoundError, NotADirectoryError):
+            facts = self._filesystem.info(self._path(name))
+            return int(facts["size"]) if facts["type"] == "file" else None
+        return None
 
     def exists(self, name: str) -> bool:
         """Whether there is such an object."""
-        return bool(self._filesystem.isfile(self._path(name)))
+        return self.size(name) is not None
 
     def names(self, folder: str = "") -> list[str]:
         """Last parts of the names right below a folder, sorted; empty where there is no such folder."""
         path = self._path(folder)
         self._filesystem.invalidate_cache(path)
         try:
-            found = self._filesystem.ls(path, detail=False)
+            with self._explained(folder):
+                found = self._filesystem.ls(path, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
         names = {str(entry).rstrip("/").rpartition("/")[2] for entry in found if str(entry).rstrip("/") != path}
@@ -124,7 +130,7 @@ class ObjectFolder:
 
     def pieces(self, name: str, piece_bytes: int) -> Iterator[bytes]:
         """One object's content, a piece at a time; FileNotFoundError where there is none."""
-        with self._filesystem.open(self._path(name), "rb", block_size=piece_bytes) as file:
+        with self._explained(name), self._filesystem.open(self._path(name), "rb", block_size=piece_bytes) as file:
             while piece := file.read(piece_bytes):
                 yield piece
 
@@ -133,7 +139,7 @@ class ObjectFolder:
         if self.is_local:
             self._put_local(name, content, only_if_absent=False)
             return
-        with self._explained(name, len(content)):
+        with self._explained_put(name, content):
             self._filesystem.pipe_file(self._path(name), content)
 
     def create(self, name: str, content: bytes) -> bool:
@@ -142,7 +148,7 @@ class ObjectFolder:
             return self._put_local(name, content, only_if_absent=True)
         for _ in range(_CREATE_ATTEMPTS):
             try:
-                with self._explained(name, len(content)):
+                with self._explained_put(name, content):
                     self._filesystem.pipe_file(self._path(name), content, mode="create")
             except FileExistsError:
                 return False
@@ -181,7 +187,7 @@ class ObjectFolder:
     def _put_local(self, name: str, content: bytes, *, only_if_absent: bool) -> bool:
         path = self.local_path / name
         drafts = self.local_path / DRAFTS_FOLDER
-        with self._explained(name, len(content)):
+        with self._explained_put(name, content):
             drafts.mkdir(parents=True, exist_ok=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             draft, descriptor = _locked_draft(drafts)
@@ -211,23 +217,42 @@ class ObjectFolder:
         return True
 
     @contextmanager
-    def _explained(self, name: str, num_bytes: int) -> Iterator[None]:
-        """Turns a full disk and a refused access into errors that say how to go on."""
+    def _explained(self, name: str) -> Iterator[None]:
+        """Turns a refused access and an unreachable server into errors that say how to go on."""
+        where = f"{self.url}/{name}" if name else self.url
         try:
             yield
+        except PermissionError as error:
+            raise StoreError(
+                f"Access to {where} is refused ({error}). Check the permissions, or the credentials in the environment."
+            ) from error
+        except NoCredentialsError as error:
+            raise StoreError(
+                f"There are no credentials for {where}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+                f"AWS_PROFILE; a public bucket is read with FSSPEC_S3_ANON=true."
+            ) from error
+        except BotoCoreError as error:
+            raise ViewpointError(
+                f"{where} cannot be reached: {error}. Check the network, and AWS_ENDPOINT_URL if the server is not "
+                f"Amazon's; then run the same command again."
+            ) from error
+
+    @contextmanager
+    def _explained_put(self, name: str, content: bytes) -> Iterator[None]:
+        """Also turns a full disk and a missing bucket into such errors."""
+        try:
+            with self._explained(name):
+                yield
         except OSError as error:
             if error.errno in _DISK_FULL or _http_status(error) == _INSUFFICIENT_STORAGE:
                 free = f"{_free_bytes(self.local_path):,} are free" if self.is_local else "the server has no room"
                 raise DoNotRetry(
-                    f"No room for {self.url}/{name} ({num_bytes:,} bytes; {free}): {error.strerror}. What was "
+                    f"No room for {self.url}/{name} ({len(content):,} bytes; {free}): {error.strerror}. What was "
                     f"committed is safe. Make room, or raise the quota or file size limit, and run the same command "
                     f"again: it goes on where it stopped."
                 ) from error
-            if isinstance(error, PermissionError):
-                raise StoreError(
-                    f"{self.url}/{name} may not be written: {error}. Check the permissions, or the credentials in the "
-                    f"environment."
-                ) from error
+            if isinstance(error, FileNotFoundError) and not self.is_local:
+                raise StoreError(f"{self.url}/{name} cannot be written: {error}. Create the bucket first.") from error
             raise
 
 

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from botocore.exceptions import ClientError
 from s3fs.errors import translate_boto_error
 
-from datastore.errors import AskedWrongly, StoreError
+from datastore.errors import AskedWrongly, StoreError, ViewpointError
 from datastore.objects import DRAFTS_FOLDER, ObjectFolder, _http_status
 
 
@@ -95,10 +96,26 @@ def test_abandoned_drafts_go_and_those_of_living_writers_stay(tmp_path: Path) ->
 def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     try:
-        with pytest.raises(StoreError, match=r"may not be written.*Check the permissions"):
+        with pytest.raises(StoreError, match=r"Access to .* is refused.*Check the permissions"):
             ObjectFolder(tmp_path / "store").put("a", b"x")
     finally:
         tmp_path.chmod(0o700)
+
+
+def test_a_server_that_does_not_answer_is_named_with_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as unused:  # a port that is taken and on which nobody listens
+        unused.bind(("127.0.0.1", 0))
+        environment = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{unused.getsockname()[1]}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_MAX_ATTEMPTS": "1",
+        }
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ViewpointError, match=r"cannot be reached.*AWS_ENDPOINT_URL.*run the same command again"):
+            ObjectFolder("s3://bucket/unreachable").read("zarr.json")
 
 
 @pytest.mark.parametrize("url", ["nonsense://bucket/store", "s4://bucket"])
