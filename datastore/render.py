@@ -17,14 +17,14 @@ from datastore.errors import DoNotRetry
 from datastore.mesh import Mesh
 
 BACKGROUND: Final = 255
-NEUTRAL_GREY: Final = 200
+NEUTRAL_GREY: Final = 215
 """Surface colour of a source without colours: light enough that shading has room below it."""
 
 # Two-sided Lambert under three lights that travel with the camera, so that no view of a shape lies in its own shadow:
 # light from everywhere, from the camera, and from over its left shoulder, which is what gives edges their contrast.
-_AMBIENT: Final = 0.32
+_AMBIENT: Final = 0.38
 _HEAD_LIGHT: Final = 0.28
-_KEY_LIGHT: Final = 0.48  # the three together stay below 1 in every direction
+_KEY_LIGHT: Final = 0.40  # the three together stay below 1 in every direction
 _TOWARDS_KEY_LIGHT: Final = (-0.45, -0.75, -0.48)  # camera axes: right, down, forward
 
 SURFACE_OFFSET: Final = 1e-5
