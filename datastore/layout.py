@@ -93,6 +93,7 @@ class TeacherAttributes(BaseModel, extra="forbid", frozen=True):
     fields: dict[str, tuple[PositiveInt, ...]]  # sizes of one row's axes
     dim: PositiveInt  # width of view_features
     num_tokens: NonNegativeInt = 0
+    training: dict[str, str] = {}  # what made the weights, where they say so: job, config_hash, split, source_hash
 
     @property
     def key(self) -> str:

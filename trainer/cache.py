@@ -14,12 +14,13 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 import numpy as np
@@ -124,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise AskedWrongly(f"--batch counts shapes, one at least; got {arguments.batch}.")
     world = World.from_env()
     store = open_store(arguments.store)
-    teacher = load_teacher(arguments.teacher, arguments.weights, arguments.image_size)
+    teacher, training = load_teacher(arguments.teacher, arguments.weights, arguments.image_size)
     if arguments.random_weights and world.is_first:
         print(
             f"viewpoint: teacher {arguments.teacher} has random weights, as asked: its features carry no knowledge.",
@@ -134,6 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
         store,
         teacher,
         arguments.teacher,
+        training=training,
         fields=tuple(arguments.fields),
         part=(world.rank, world.size),
         batch=arguments.batch,
@@ -148,13 +150,14 @@ def cache(
     teacher: ImageTeacher,
     name: str,
     *,
+    training: Mapping[str, str] | None = None,
     fields: tuple[str, ...] = FIELDS,
     part: tuple[int, int] = (0, 1),
     batch: int = 32,
     device: str = "cpu",
     stop: threading.Event | None = None,
 ) -> CacheSummary:
-    """Writes the blocks of this part that nobody has written, and publishes them.
+    """Writes the blocks of this part that nobody has written, and publishes them; `training`: what made the teacher.
 
     Stopped when `stop` is set or, without one, on SIGINT and SIGTERM: whole blocks are kept, and the same call goes on.
     """
@@ -162,7 +165,7 @@ def cache(
     from datastore.write import BlockWriter, publish
 
     began = time.monotonic()
-    attributes = teacher_attributes(store, teacher, name, fields)
+    attributes = teacher_attributes(store, teacher, name, fields, training or {})
     scope = create_teacher(store, attributes)
     writer = BlockWriter(store, scope)
     pending = writer.pending(part)
@@ -197,8 +200,13 @@ def describe(summary: CacheSummary) -> str:
     return text if summary.is_complete else f"{text} Other parts are still missing; readers wait for them."
 
 
-def load_teacher(name: str, weights: str | None, image_size: int | None = None) -> ImageTeacher:
-    """The teacher in an exported folder, or a timm model with a file's weights; None: random, from a fixed seed."""
+def load_teacher(
+    name: str, weights: str | None, image_size: int | None = None
+) -> tuple[ImageTeacher, Mapping[str, str]]:
+    """The teacher in an exported folder, or a timm model with a file's weights (None: random, from a fixed seed).
+
+    With it comes what an exported folder says of its training, so that a report can tell what the teacher has seen.
+    """
     import torch
 
     from models.exported import CONFIG_FILE, load
@@ -210,18 +218,19 @@ def load_teacher(name: str, weights: str | None, image_size: int | None = None) 
             # each process builds its own: without a seed, they would write different teachers
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                return _pooled_trunk(name, None, image_size)
+                return _pooled_trunk(name, None, image_size), {}
         with fetched(weights) as path:
             if not path.exists():
                 raise AskedWrongly(f"--weights {weights}: nothing is there. Give an exported folder or a weights file.")
             if not path.is_dir():
-                return _pooled_trunk(name, path, image_size)
+                return _pooled_trunk(name, path, image_size), {}
             if not (path / CONFIG_FILE).is_file():
                 raise AskedWrongly(
                     f"--weights {weights} is a folder without {CONFIG_FILE}, so it is no exported model. Give what "
                     f"`viewpoint export RUN DIR` wrote, or a weights file of a timm model."
                 )
             teacher = load(path)
+            training = _training_facts(json.loads((path / CONFIG_FILE).read_text()))
     except ValueError as error:
         raise DoNotRetry(str(error)) from error
     if not isinstance(teacher, MultiViewClassifier):
@@ -233,7 +242,15 @@ def load_teacher(name: str, weights: str | None, image_size: int | None = None) 
         raise AskedWrongly(
             f"--weights {weights} was trained on {teacher.image_size} pixels: leave --image-size {image_size} out."
         )
-    return teacher
+    return teacher, training
+
+
+def _training_facts(description: Mapping[str, Any]) -> Mapping[str, str]:
+    """What does not change when the same weights are exported again."""
+    training, store = description.get("training", {}), description.get("store", {})
+    facts = {key: training.get(key) for key in ("job", "config_hash", "split")}
+    facts["source_hash"] = store.get("source_hash")
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 def _pooled_trunk(name: str, weights: Path | None, image_size: int | None) -> ImageTeacher:
@@ -262,7 +279,11 @@ def _pooled_trunk(name: str, weights: Path | None, image_size: int | None) -> Im
 
 
 def teacher_attributes(
-    store: "Store", teacher: ImageTeacher, name: str, fields: tuple[str, ...] = FIELDS
+    store: "Store",
+    teacher: ImageTeacher,
+    name: str,
+    fields: tuple[str, ...] = FIELDS,
+    training: Mapping[str, str] = MappingProxyType({}),
 ) -> "TeacherAttributes":
     """Who this teacher is, in the words of the store."""
     from pydantic import ValidationError
@@ -280,6 +301,7 @@ def teacher_attributes(
             std=std,
             fields={field: sizes[field] for field in fields},
             dim=teacher.descriptor_width,
+            training=dict(training),
         )
     except ValidationError as error:
         raise AskedWrongly(

@@ -210,7 +210,8 @@ def arguments(*words: str) -> argparse.Namespace:
 
 def export(teacher: MultiViewClassifier, folder: Path) -> Path:
     config = {"kind": "image_model", "image_model": CONFIG.model_dump(), "num_classes": 3}
-    save_exported(folder, config, teacher, "card", {})
+    training = {"job": "pointmcd_teacher", "split": "train", "config_hash": "0123", "step": 12}
+    save_exported(folder, config, teacher, "card", {"training": training, "store": {"source_hash": "abc"}})
     return folder
 
 
@@ -223,6 +224,9 @@ def test_the_stage_caches_an_exported_teacher(
     assert result["is_complete"] and result["rows"] == ROWS
     assert result["teacher"] == teacher_attributes(store, teacher, "mine").key
     assert open_store(store.url).resolve_teacher("mine") == result["teacher"]
+    assert open_store(store.url).teachers[result["teacher"]].training == {
+        "job": "pointmcd_teacher", "split": "train", "config_hash": "0123", "source_hash": "abc",
+    }  # fmt: skip
 
 
 def test_ranks_write_their_parts(
@@ -256,7 +260,8 @@ def test_a_timm_model_takes_its_own_normalisation_and_the_weights_of_a_file(tmp_
     torch.manual_seed(5)
     model = timm.create_model("test_resnet", num_classes=7)
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
-    teacher = load_teacher("test_resnet", str(tmp_path / "weights.safetensors"))
+    teacher, training = load_teacher("test_resnet", str(tmp_path / "weights.safetensors"))
+    assert training == {}, "a file does not say what made it"
     assert isinstance(teacher, PooledTrunk)
     assert torch.equal(teacher.trunk.state_dict()["conv1.0.weight"], model.state_dict()["conv1.0.weight"])
     made_for = timm.get_pretrained_cfg("test_resnet")
