@@ -1,0 +1,113 @@
+"""Pure: command line and environment of each process that a launch starts, so that they can be printed and tested."""
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from datastore.progress import PROGRESS_DIR_VARIABLE
+
+STORE_SHARING_VARIABLE: Final = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+LOOPBACK: Final = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One process: its words, and what its environment has beyond the launcher's own."""
+
+    words: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def as_shell(self) -> str:
+        """The line that does the same in a shell."""
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*settings, shlex.join(self.words)])
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What processes on this machine share."""
+
+    cores: int
+    gpus: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many processes a job has, and how they meet."""
+
+    nodes: int
+    procs_per_node: int = 1
+    max_restarts: int = 3
+
+    @property
+    def world(self) -> int:
+        """Worker processes in all."""
+        return self.nodes * self.procs_per_node
+
+
+def worker_words(stage: Sequence[str]) -> tuple[str, ...]:
+    """The command of one process of a stage, from the stage's name and its arguments."""
+    return (sys.executable, "-m", "trainer", *stage)
+
+
+def process_command(worker: Sequence[str], machine: Machine, progress: Path) -> Command:
+    """A stage that is one process."""
+    return Command(tuple(worker), worker_environment(machine, processes=1, devices=None, progress=progress))
+
+
+def node_command(
+    worker: Sequence[str],
+    *,
+    node: int,
+    layout: Layout,
+    job: str,
+    endpoint: str,
+    logs: Path,
+    machine: Machine,
+    progress: Path,
+) -> Command:
+    """The agent of one node of a stage that runs on several; its workers inherit the environment."""
+    agent = (
+        sys.executable, "-m", "launcher.agent", "--endpoint", endpoint, "--job", job,
+        "--node", str(node), "--nodes", str(layout.nodes), "--procs-per-node", str(layout.procs_per_node),
+        "--max-restarts", str(layout.max_restarts), "--logs", str(logs),
+    )  # fmt: skip
+    devices = devices_of_node(node, layout, machine.gpus)
+    environment = worker_environment(machine, processes=layout.world, devices=devices, progress=progress)
+    return Command(
+        (*agent, "--", *worker), environment | {STORE_SHARING_VARIABLE: "1", "GLOO_SOCKET_IFNAME": loopback_interface()}
+    )
+
+
+def worker_environment(machine: Machine, *, processes: int, devices: str | None, progress: Path) -> dict[str, str]:
+    """What every worker needs to know that no config says."""
+    environment = {
+        PROGRESS_DIR_VARIABLE: str(progress),
+        "OMP_NUM_THREADS": str(
+            max(1, machine.cores // processes)
+        ),  # torchrun's own default of 1 would leave cores idle
+        "PYTHONUNBUFFERED": "1",  # the last words of a killed process are the interesting ones
+    }
+    if devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = devices
+    if machine.gpus == 0 or devices == "":
+        environment["DS_ACCELERATOR"] = "cpu"
+    return environment
+
+
+def devices_of_node(node: int, layout: Layout, gpus: int) -> str | None:
+    """CUDA_VISIBLE_DEVICES of a node: GPUs of its own, or "" for all nodes where they do not go round; None without."""
+    if gpus == 0:
+        return None
+    if layout.world > gpus:
+        return ""  # nccl refuses two ranks on one GPU
+    first = node * layout.procs_per_node
+    return ",".join(str(device) for device in range(first, first + layout.procs_per_node))
+
+
+def loopback_interface() -> str:
+    """The interface that nodes on one machine talk over."""
+    return "lo0" if sys.platform == "darwin" else "lo"

@@ -1,0 +1,35 @@
+"""Reads files of JSON lines while others still write them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+class Tail:
+    """Delivers each line of a file once; half a line waits for its end, a file that is not there yet has none."""
+
+    def __init__(self, path: Path, *, from_end: bool = False) -> None:
+        self.path = path
+        self._offset = path.stat().st_size if from_end and path.exists() else 0
+
+    def read(self) -> list[Record]:
+        """What was written since the last call."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._offset)
+                whole, newline, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return []
+        self._offset += len(whole) + len(newline)
+        return [json.loads(line) for line in whole.splitlines() if line]
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """The end of a log; empty where there is no file."""
+    try:
+        text = path.read_text(errors="replace")
+    except FileNotFoundError:
+        return []
+    return text.splitlines()[-count:]
