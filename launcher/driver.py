@@ -1,0 +1,332 @@
+"""Drives one launch: finds out what is missing, runs it step by step, sums up."""
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import fsspec
+
+from datastore.errors import EXIT_DONE, EXIT_STOPPED, AskedWrongly, MissingField
+from launcher.command import Command, Machine, node_command, process_command, worker_words
+from launcher.facts import FEATURES_CACHED, find_features, find_store, observe
+from launcher.local import Outcome, run_nodes, run_process, this_machine
+from launcher.plan import Goal, Step, corpus_folder, plan, teacher_folder
+from launcher.presence import Presence
+from launcher.readings import ProgressReader
+from launcher.rendezvous import RendezvousStore
+from launcher.runs import COMPLETE, ChosenRun, choose_run, pinned
+from launcher.spec import LaunchSpec, check_world, worlds_for
+from launcher.stop import STOP_REQUESTED, StopRequest, Urgency
+from launcher.summary import STEP_FINISHED, results_of, summarise
+from launcher.tail import last_lines
+from launcher.terminal import Screen, describe_end, open_screen
+from trainer.config import RunConfig, load_recipe
+from trainer.runfolder import RunFolder
+
+_DEMO_FOLDER: Final = "demo"
+_FAILURE_LINES: Final = 15
+
+
+def launch(spec: LaunchSpec, *, command: str, dry_run: bool = False, as_json: bool = False) -> int:
+    """Runs a job to its report and returns the exit code; `command` is what the person typed, to be repeated."""
+    goal, run = resolve(spec)
+    if dry_run:
+        print_plan(goal, spec, plan(goal, observe(goal)), this_machine(), as_json=as_json)
+        return EXIT_DONE
+    with open_screen() as screen:
+        screen.say(headline(goal, spec))
+        if run.is_complete:
+            screen.say(
+                f"Run {run.folder.url} is complete: nothing to do. For another one leave --run out, or give a new name."
+            )
+        else:
+            code = _Launch(goal, spec, screen, command).run()
+            if code != EXIT_DONE:
+                return code
+    if as_json:
+        for result in results_of(run.folder):
+            print(json.dumps(result))
+    else:
+        print(summarise(run.folder, goal, spec))
+    return EXIT_DONE
+
+
+def resolve(spec: LaunchSpec) -> tuple[Goal, ChosenRun]:
+    """What the launch is about, and which run it continues or starts; starts nothing and writes nothing."""
+    runs_url = spec.runs_url.rstrip("/")
+    config = load_recipe(spec.job, demo=spec.is_demo, assignments=spec.assignments, store_url=spec.data_url)
+    shared_url = f"{runs_url}/{_DEMO_FOLDER}" if spec.is_demo else runs_url
+    if spec.is_demo:
+        if config.prepare.corpus is None:
+            raise AskedWrongly(
+                f"Job {config.job!r} has no corpus of its own: its recipe lacks prepare.corpus. Give your data with "
+                f"--data URL."
+            )
+        config = _with_store(config, f"{shared_url}/{corpus_folder(config.prepare.corpus)}")
+    store_url = config.data.store_url
+    assert store_url is not None
+    teacher = _teacher_of(config, spec, store_url)
+    check_world(spec.layout, {each.job: each.global_batch for each in (config, teacher) if each is not None})
+    run = choose_run(runs_url, spec.run_name, config, same_store=spec.is_demo)
+    goal = Goal(
+        config=run.config,
+        run_url=run.folder.url,
+        store_url=store_url,
+        makes_corpus=spec.is_demo,
+        teacher=teacher,
+        teacher_run_url=f"{shared_url}/{teacher_folder(teacher, store_url)}" if teacher is not None else None,
+    )
+    _refuse_missing_features(goal)
+    return goal, run
+
+
+def headline(goal: Goal, spec: LaunchSpec) -> str:
+    """The first line: what this run is, and that it is the demo where it is."""
+    layout = spec.layout
+    workers = f"{layout.nodes} node{'s' * (layout.nodes > 1)}" + (
+        f" x {layout.procs_per_node} processes" * (layout.procs_per_node > 1)
+    )
+    if not goal.makes_corpus:
+        return f"viewpoint: {goal.config.job} on {goal.store_url}, {workers}, into {goal.run_url}"
+    corpus = goal.config.prepare.corpus
+    assert corpus is not None
+    small = "a small teacher and a small student" if goal.teacher is not None else "a small network"
+    return (
+        f"viewpoint: {goal.config.job}, demo profile: no --data given, so it makes a corpus ({corpus.source}) and "
+        f"trains {small}, minutes on 2 cores. On {workers}, into {goal.run_url}"
+    )
+
+
+class _Launch:
+    """The state of a launch that runs: one step after the other, stopped or failed at any."""
+
+    def __init__(self, goal: Goal, spec: LaunchSpec, screen: Screen, command: str) -> None:
+        self._goal, self._spec, self._screen, self._command = goal, spec, screen, command
+        self._run = RunFolder(goal.run_url, writer="launcher")
+        self._machine = this_machine()
+
+    def run(self) -> int:
+        """The exit code of the launch."""
+        started = time.monotonic()
+        with ExitStack() as held:
+            presence = held.enter_context(Presence(self._run))
+            self._run.remove(STOP_REQUESTED)
+            stop = held.enter_context(StopRequest(lambda: self._run.read_text(STOP_REQUESTED) is not None))
+            held.callback(self._run.remove, STOP_REQUESTED)
+            held.callback(self._run.flush)
+            steps = plan(self._goal, observe(self._goal))
+            self._run.append_event(
+                "launch_started", command=self._command, nodes=self._spec.layout.nodes, world=self._spec.layout.world,
+                cores=self._machine.cores, gpus=self._machine.gpus,
+            )  # fmt: skip
+            store = held.enter_context(RendezvousStore(self._spec.rendezvous_port)) if _needs_nodes(steps) else None
+            for step in steps:
+                if step.done:
+                    self._screen.end(step.title, "reused: complete already")
+                    continue
+                if stop.urgency is not Urgency.GO_ON:
+                    return self._broken_off(step, Outcome(EXIT_STOPPED))
+                presence.enter_step(step.name)
+                outcome = self._step(step, store, stop, presence)
+                if outcome.exit_code != EXIT_DONE:
+                    return self._broken_off(step, outcome)
+            self._run.append_event(COMPLETE, seconds=time.monotonic() - started)
+        return EXIT_DONE
+
+    def _step(self, step: Step, store: RendezvousStore | None, stop: StopRequest, presence: Presence) -> Outcome:
+        run = RunFolder(step.run_url, writer="launcher")
+        with ExitStack() as held:
+            if run.url != self._run.url and step.kind == "teacher":
+                held.enter_context(Presence(run))  # other launches share the demo's teacher
+            if step.config is not None:
+                self._write_config(run, step)
+            logs = logs_folder(run)
+            progress = logs / "progress" / step.name
+            shutil.rmtree(progress, ignore_errors=True)  # an earlier start's figures
+            reader = ProgressReader(progress)
+            started = time.monotonic()
+            self._screen.begin(step.title)
+
+            def watch() -> None:
+                presence.refresh()
+                self._screen.show(reader.read())
+
+            if step.on_nodes:
+                assert store is not None
+                outcome = run_nodes(
+                    worker_words(step.words), layout=self._spec.layout, job=step.name, endpoint=store.endpoint,
+                    logs=logs, progress=progress, machine=self._machine, stop=stop, watch=watch,
+                    on_event=self._listener(run),
+                )  # fmt: skip
+            else:
+                command = process_command(worker_words(step.words), self._machine, progress)
+                outcome = run_process(step.name, command, logs / f"{step.name}.log", stop=stop, watch=watch)
+            seconds = time.monotonic() - started
+            if outcome.exit_code == EXIT_DONE:
+                self._screen.end(step.title, describe_end(reader.read(), seconds))
+                self._run.append_event(
+                    STEP_FINISHED, step=step.name, stage=step.kind, title=step.title, seconds=seconds
+                )
+                if step.kind == "cache":
+                    self._remember_features(logs / "node-0" / step.name)
+            _upload(run, logs)
+            run.flush()
+            return outcome
+
+    def _write_config(self, run: RunFolder, step: Step) -> None:
+        config = step.config
+        assert config is not None
+        if step.kind == "pretrain" and self._goal.teacher_name is not None:
+            features = find_features(self._goal, find_store(self._goal))
+            if features is not None:  # without them the stage itself says what is missing
+                config = pinned(config, features)
+        run.write_config(config)
+
+    def _remember_features(self, folder: Path) -> None:
+        """Notes under which key the teacher's features lie: several teachers of one name can lie side by side."""
+        assert self._goal.teacher_run_url is not None
+        newest = max(folder.glob("start-*/worker-0.out.log"))
+        summary = json.loads(last_lines(newest, 1)[0])
+        teacher_run = RunFolder(self._goal.teacher_run_url, writer="launcher")
+        teacher_run.append_event(FEATURES_CACHED, store=self._goal.store_url, teacher=summary["teacher"])
+
+    def _listener(self, run: RunFolder) -> Callable[..., None]:
+        """Keeps the events of nodes in the run's history, and shows those that a person wants to know of."""
+
+        def on_event(kind: str, **facts: Any) -> None:
+            run.append_event(kind, **facts)
+            line = describe_event(kind, facts)
+            if line is not None:
+                self._screen.say(f"  {line}")
+
+        return on_event
+
+    def _broken_off(self, step: Step, outcome: Outcome) -> int:
+        again = f"The same command goes on from here:\n  {self._command}"
+        if outcome.exit_code == EXIT_STOPPED:
+            self._screen.end(step.title, "stopped")
+            self._run.append_event("launch_stopped", step=step.name)
+            self._screen.say(f"Stopped; what is finished is kept in {self._goal.run_url}. {again}")
+            return EXIT_STOPPED
+        self._screen.end(
+            step.title,
+            f"failed with exit code {outcome.exit_code}" + (f" on {outcome.culprit}" if step.on_nodes else ""),
+        )
+        self._run.append_event("launch_failed", step=step.name, exit_code=outcome.exit_code)
+        if outcome.log is not None:
+            self._screen.say(f"\nThe end of {outcome.log}:")
+            for line in last_lines(outcome.log, _FAILURE_LINES):
+                self._screen.say(f"    {line}")
+        self._screen.say(f"\nWhat is finished is kept. {again}")
+        return outcome.exit_code
+
+
+def describe_event(kind: str, facts: Mapping[str, Any]) -> str | None:
+    """One line for people, or None for what is as expected."""
+    if kind == "workers_ended":
+        how = ", ".join(f"rank {rank} {_ending(code)}" for rank, code in facts["exit_codes"].items())
+        left = facts["restarts_left"]
+        return (
+            f"node {facts['node']}: {how}; restarting from the last checkpoint ({left} more times)"
+            if left
+            else f"node {facts['node']}: {how}"
+        )
+    if kind == "node_replaced":
+        return f"{facts['name']} was killed ({facts['killed_by']}); it starts again"
+    if kind == "workers_started" and facts["start"] > 0 and 0 in facts["ranks"]:
+        return f"all {facts['world']} workers run again"
+    return None
+
+
+def logs_folder(run: RunFolder) -> Path:
+    """Where processes write: in the run folder, or below the working directory for a run on object storage."""
+    return Path(run.local_path) / "logs" if run.local_path is not None else Path("runs") / run.name / "logs"
+
+
+def print_plan(goal: Goal, spec: LaunchSpec, steps: tuple[Step, ...], machine: Machine, *, as_json: bool) -> None:
+    """Prints what `launch` would run, command by command; starts and creates nothing."""
+    if as_json:
+        for step in steps:
+            commands = [
+                {"words": command.words, "environment": command.environment}
+                for command in commands_of(step, spec, machine)
+            ]
+            print(json.dumps({"step": step.name, "done": step.done, "commands": commands}))
+        return
+    print(headline(goal, spec).replace("viewpoint:", "viewpoint launch --dry-run:", 1))
+    trained = [goal.config, *([goal.teacher] if goal.teacher is not None else [])]
+    worlds = worlds_for(*(config.global_batch for config in trained))
+    print(f"Worlds that divide the global batch: {', '.join(map(str, worlds))}. This one: {spec.layout.world}.")
+    for number, step in enumerate(steps, start=1):
+        where = f"on {spec.layout.nodes} nodes" if step.on_nodes else "in one process"
+        print(f"\n{number}. {step.title}: " + ("reused, complete already" if step.done else f"runs {where}"))
+        for command in () if step.done else commands_of(step, spec, machine):
+            print(f"   {command.as_shell()}")
+    if spec.rendezvous_port == 0:
+        print("\nPORT stands for a free port, which is chosen at the start.")
+
+
+def commands_of(step: Step, spec: LaunchSpec, machine: Machine) -> list[Command]:
+    """The processes that a step starts."""
+    logs = logs_folder(RunFolder(step.run_url))
+    progress = logs / "progress" / step.name
+    if not step.on_nodes:
+        return [process_command(worker_words(step.words), machine, progress)]
+    endpoint = f"127.0.0.1:{spec.rendezvous_port or 'PORT'}"
+    return [
+        node_command(
+            worker_words(step.words), node=node, layout=spec.layout, job=step.name, endpoint=endpoint,
+            logs=logs / f"node-{node}" / step.name, machine=machine, progress=progress,
+        )
+        for node in range(spec.layout.nodes)
+    ]  # fmt: skip
+
+
+def _teacher_of(config: RunConfig, spec: LaunchSpec, store_url: str) -> RunConfig | None:
+    """The teacher that this launch trains where its features are missing; None where it trains none."""
+    if config.prepare.teacher_job is None or not (spec.is_demo or spec.prepare):
+        return None
+    return _with_store(load_recipe(config.prepare.teacher_job, demo=spec.is_demo), store_url)
+
+
+def _with_store(config: RunConfig, store_url: str) -> RunConfig:
+    return config.model_copy(update={"data": config.data.model_copy(update={"store_url": store_url})})
+
+
+def _refuse_missing_features(goal: Goal) -> None:
+    """Ends a launch on data of one's own that lack a teacher's features, unless it is to write them."""
+    if goal.makes_corpus or goal.teacher is not None or goal.teacher_name is None:
+        return
+    store = find_store(goal)
+    assert store is not None, "a store that somebody named is there"
+    try:
+        store.resolve_teacher(goal.teacher_name)
+    except MissingField as error:
+        job = goal.config.prepare.teacher_job
+        offer = (
+            f" Or add --prepare to this command: it trains {job!r} on this store and writes them."
+            if job is not None
+            else ""
+        )
+        raise MissingField(f"{error}{offer}") from error
+
+
+def _needs_nodes(steps: Iterable[Step]) -> bool:
+    return any(step.on_nodes and not step.done for step in steps)
+
+
+def _ending(code: int) -> str:
+    return f"was killed ({signal.Signals(-code).name})" if code < 0 else f"failed with exit code {code}"
+
+
+def _upload(run: RunFolder, logs: Path) -> None:
+    """Copies the logs into a run folder that lies on object storage."""
+    if run.is_local or not logs.exists():
+        return
+    filesystem, root = fsspec.core.url_to_fs(run.url)
+    filesystem.put(f"{logs}/", f"{root}/logs/", recursive=True)

@@ -1,0 +1,117 @@
+"""`viewpoint launch`: its command line. What it does is in `driver.py`, imported when it is sure to be needed."""
+
+import argparse
+import shlex
+
+from datastore.errors import AskedWrongly
+
+HELP = "run a job to its report: prepare what is missing, train, compare, evaluate"
+
+EXAMPLES = """\
+examples:
+  viewpoint launch pointmcd --nodes 4
+      the demo: no data, no GPU; corpus, teacher, training, evaluation and report in minutes
+  viewpoint launch pointmcd --nodes 2 --data s3://bucket/shapes.zarr --prepare
+      the paper's recipe on a store of yours; trains the teacher and caches its features where they are missing
+  viewpoint launch pointmcd --run first-try --set engine.optimizer.lr=0.01 --set epochs=50
+      a named run with two settings changed; the same command continues it after a stop
+  viewpoint launch pointmcd --nodes 4 --dry-run
+      what would run: every command and its environment
+
+Ctrl-C saves a checkpoint and stops; the same command goes on. A second Ctrl-C kills.
+exit codes: 0 done; 2 asked wrongly; 64 wrong configuration or data, do not retry; 75 stopped, the same command goes on;
+            else failed, a retry makes sense
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `viewpoint launch`."""
+    parser.add_argument(
+        "job", metavar="JOB", help="a recipe's name (pointmcd, pointmcd_teacher) or a recipe file of your own (*.yaml)"
+    )
+    parser.add_argument(
+        "--nodes", type=whole_number, default=1, metavar="N", help="nodes, each with an agent of its own (default: 1)"
+    )
+    parser.add_argument(
+        "--procs-per-node", type=whole_number, default=1, metavar="P", help="worker processes on each node (default: 1)"
+    )
+    parser.add_argument(
+        "--on", choices=["local"], default="local", help="where the nodes are: processes on this machine (default)"
+    )
+    parser.add_argument(
+        "--data", metavar="URL", help="a store that `viewpoint ingest` wrote; without it the job makes a demo corpus"
+    )
+    parser.add_argument(
+        "--runs", default="runs", metavar="URL", help="folder of all runs, local or on object storage (default: ./runs)"
+    )
+    parser.add_argument(
+        "--run", metavar="NAME", help="this run's name; default: the newest unfinished equal run, else JOB-<number>"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="assignments",
+        metavar="KEY=VALUE",
+        help="change one value of the recipe; repeatable",
+    )
+    parser.add_argument(
+        "--prepare", action="store_true", help="with --data: also train the teacher and cache its features if missing"
+    )
+    parser.add_argument(
+        "--max-restarts", type=natural_number, default=3, metavar="R", help="restarts after a worker dies (default: 3)"
+    )
+    parser.add_argument(
+        "--rendezvous-port", type=port_number, default=0, metavar="PORT", help="where nodes meet (default: a free port)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, node by node, and start nothing")
+    parser.add_argument("--json", action="store_true", help="results on stdout as JSON, one object a line")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The exit code of `viewpoint launch`."""
+    if arguments.prepare and arguments.data is None:
+        raise AskedWrongly("--prepare goes with --data URL: without data, the demo prepares everything anyway.")
+    from launcher.command import Layout
+    from launcher.driver import launch
+    from launcher.spec import LaunchSpec
+
+    spec = LaunchSpec(
+        job=arguments.job,
+        layout=Layout(arguments.nodes, arguments.procs_per_node, arguments.max_restarts),
+        data_url=arguments.data,
+        runs_url=arguments.runs,
+        run_name=arguments.run,
+        assignments=tuple(arguments.assignments),
+        prepare=arguments.prepare,
+        rendezvous_port=arguments.rendezvous_port,
+    )
+    return launch(
+        spec, command=shlex.join(["viewpoint", *arguments.words]), dry_run=arguments.dry_run, as_json=arguments.json
+    )
+
+
+def whole_number(text: str) -> int:
+    """An option's value that counts something there must be at least one of."""
+    return _number(text, least=1)
+
+
+def natural_number(text: str) -> int:
+    """An option's value that may be zero."""
+    return _number(text, least=0)
+
+
+def port_number(text: str) -> int:
+    """An option's value that names a TCP port; 0 for any."""
+    return _number(text, least=0, most=65_535)
+
+
+def _number(text: str, *, least: int, most: int | None = None) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < least or (most is not None and value > most):
+        bounds = f"{least} or more" if most is None else f"from {least} to {most}"
+        raise argparse.ArgumentTypeError(f"must be {bounds}, got {value}")
+    return value

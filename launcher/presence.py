@@ -1,0 +1,91 @@
+"""Who works on a run folder right now: a note that its launcher keeps fresh, so that nobody else starts there."""
+
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Final, Self
+
+import psutil
+
+from datastore.errors import ViewpointError
+from trainer.runfolder import RunFolder
+
+_NOTE: Final = "launcher.json"
+_REFRESH_SECONDS: Final = 5.0
+_STALE_SECONDS: Final = 30.0  # of a launcher on another machine, whose process cannot be seen from here
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A launcher at work."""
+
+    pid: int
+    process_started: float  # tells it from a later process with the same number
+    host: str
+    time: float
+    step: str
+
+    def is_alive(self) -> bool:
+        """Whether it still works on the run."""
+        if self.host != socket.gethostname():
+            return time.time() - self.time < _STALE_SECONDS
+        try:
+            return bool(abs(psutil.Process(self.pid).create_time() - self.process_started) < 1)
+        except psutil.NoSuchProcess:
+            return False
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, at step {self.step!r}"
+
+
+def holder_of(run: RunFolder) -> Holder | None:
+    """The launcher that works on a run, if one does."""
+    text = run.read_text(_NOTE)
+    if text is None:
+        return None
+    holder = Holder(**json.loads(text))
+    return holder if holder.is_alive() else None
+
+
+class Presence:
+    """Holds a run folder while it is entered; refuses where another launcher holds it."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+        self._refreshed = 0.0
+        self.step = "starting"
+
+    def refresh(self) -> None:
+        """Says that we are still there; cheap enough to call all the time."""
+        now = time.monotonic()
+        if now - self._refreshed > _REFRESH_SECONDS:
+            self._refreshed = now
+            self._write()
+
+    def enter_step(self, step: str) -> None:
+        """Says what we are at."""
+        self.step = step
+        self._write()
+
+    def __enter__(self) -> Self:
+        other = holder_of(self._run)
+        if other is not None and other.pid != os.getpid():
+            raise ViewpointError(
+                f"{self._run.url} is being worked on by another launcher ({other}). Watch it with `viewpoint status "
+                f"{self._run.url}`, stop it with `viewpoint cancel {self._run.url}`, or start another with --run NAME."
+            )
+        self._write()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._run.remove(_NOTE)
+
+    def _write(self) -> None:
+        started = psutil.Process().create_time()
+        note = Holder(os.getpid(), started, socket.gethostname(), time.time(), self.step)
+        self._run.write_text(_NOTE, json.dumps(asdict(note)))

@@ -1,0 +1,49 @@
+"""What a person asks for when launching a job, checked for what needs no file and no machine."""
+
+from dataclasses import dataclass
+
+from datastore.errors import AskedWrongly
+from launcher.command import Layout
+
+
+@dataclass(frozen=True)
+class LaunchSpec:
+    """One `viewpoint launch`, as asked."""
+
+    job: str
+    layout: Layout
+    data_url: str | None = None
+    runs_url: str = "runs"
+    run_name: str | None = None
+    assignments: tuple[str, ...] = ()
+    prepare: bool = False
+    rendezvous_port: int = 0
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the job makes its own corpus."""
+        return self.data_url is None
+
+
+def worlds_for(*global_batches: int) -> tuple[int, ...]:
+    """Numbers of processes that share every one of these global batches evenly."""
+    smallest = min(global_batches)
+    return tuple(world for world in range(1, smallest + 1) if all(batch % world == 0 for batch in global_batches))
+
+
+def check_world(layout: Layout, global_batches: dict[str, int]) -> None:
+    """Refuses a number of processes that cannot share each job's global batch, which the recipe fixes."""
+    uneven = [f"{batch} of job {job!r}" for job, batch in global_batches.items() if batch % layout.world]
+    if not uneven:
+        return
+    fitting = worlds_for(*global_batches.values())
+    nodes = [world // layout.procs_per_node for world in fitting if world % layout.procs_per_node == 0]
+    if nodes:
+        with_processes = f" (with --procs-per-node {layout.procs_per_node})" if layout.procs_per_node > 1 else ""
+        choice = f"Choose --nodes from {', '.join(map(str, nodes))}{with_processes}"
+    else:
+        choice = f"Choose nodes times processes from {', '.join(map(str, fitting))}"
+    raise AskedWrongly(
+        f"{layout.world} processes do not divide the global batch: {' and '.join(uneven)}. {choice}, or change the "
+        f"batch with --set global_batch=N."
+    )

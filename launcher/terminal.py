@@ -1,0 +1,144 @@
+"""What a person sees while a launch runs: one live line on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Final, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.text import Text
+
+from datastore.progress import format_seconds
+from launcher.readings import Reading
+
+PLAIN_INTERVAL_SECONDS: Final = 5.0
+_TITLE_WIDTH: Final = 28
+
+
+class Screen(ABC):
+    """Shows one step at a time; everything goes to stderr, results have stdout to themselves."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def say(self, line: str) -> None:
+        """Adds a line that stays."""
+
+    @abstractmethod
+    def begin(self, title: str) -> None:
+        """A step starts."""
+
+    @abstractmethod
+    def show(self, reading: Reading | None) -> None:
+        """How far the step is; called often."""
+
+    @abstractmethod
+    def end(self, title: str, verdict: str) -> None:
+        """The step has ended, well or not, or had nothing to do."""
+
+    def close(self) -> None:  # noqa: B027 (most screens have nothing to put back)
+        """Leaves the terminal as it was."""
+
+
+class LiveScreen(Screen):
+    """A line that moves, below the lines of the steps that are done."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._console = Console(file=stream, highlight=False)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def say(self, line: str) -> None:
+        self._console.print(Text(line))
+
+    def begin(self, title: str) -> None:
+        self.close()
+        columns = (
+            SpinnerColumn(),
+            TextColumn(f"{title:<{_TITLE_WIDTH}}", markup=False),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[detail]}", markup=False),
+        )
+        self._progress = Progress(*columns, console=self._console, transient=True, refresh_per_second=5)
+        self._progress.start()
+        self._task = self._progress.add_task(title, total=None, detail="starting")
+
+    def show(self, reading: Reading | None) -> None:
+        if self._progress is not None and self._task is not None and reading is not None:
+            self._progress.update(self._task, total=reading.total, completed=reading.done, detail=describe(reading))
+
+    def end(self, title: str, verdict: str) -> None:
+        self.close()
+        self.say(f"  {title:<{_TITLE_WIDTH}} {verdict}")
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = self._task = None
+
+
+class PlainScreen(Screen):
+    """Lines without control codes, for logs and pipes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._title = ""
+        self._shown_at = 0.0
+
+    def say(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+    def begin(self, title: str) -> None:
+        self._title = title
+        self._shown_at = time.monotonic()
+        self.say(f"  {title}: starting")
+
+    def show(self, reading: Reading | None) -> None:
+        now = time.monotonic()
+        if reading is None or now - self._shown_at < PLAIN_INTERVAL_SECONDS:
+            return
+        self._shown_at = now
+        self.say(f"  {self._title}: {describe(reading)}")
+
+    def end(self, title: str, verdict: str) -> None:
+        self.say(f"  {title}: {verdict}")
+
+
+def open_screen(stream: TextIO = sys.stderr) -> Screen:
+    """The screen that fits where the lines go."""
+    return LiveScreen(stream) if stream.isatty() else PlainScreen(stream)
+
+
+def describe(reading: Reading) -> str:
+    """How far, how fast, how long still, and the stage's own figures, in one line."""
+    parts = [
+        f"{100 * reading.done / reading.total:.0f}%" if reading.total else "0%",
+        f"{reading.done:,}/{reading.total:,} {reading.unit}",
+    ]
+    parts += _figures(reading)
+    left = reading.seconds_left
+    if left is not None and reading.done < reading.total:
+        parts.append(f"{format_seconds(left)} left")
+    return "  ".join(parts)
+
+
+def describe_end(reading: Reading | None, seconds: float) -> str:
+    """What a finished step leaves behind: its size, its time, its last figures."""
+    if reading is None:
+        return format_seconds(seconds)
+    return "  ".join([f"{reading.done:,} {reading.unit}", f"in {format_seconds(seconds)}", *_figures(reading)])
+
+
+def _figures(reading: Reading) -> list[str]:
+    parts = [f"{reading.rate:,.1f} {reading.unit}/s"] if reading.rate > 0 else []
+    return parts + [
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in reading.note.items()
+    ]

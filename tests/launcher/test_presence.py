@@ -1,0 +1,57 @@
+"""Two launchers never work on one run."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from datastore.errors import ViewpointError
+from launcher.presence import Presence, holder_of
+from trainer.runfolder import RunFolder
+
+
+def note(pid: int, *, started: float, host: str | None = None, age: float = 0.0) -> str:
+    facts = {"pid": pid, "process_started": started, "host": host or socket.gethostname(), "time": time.time() - age}
+    return json.dumps({**facts, "step": "pretrain"})
+
+
+def test_who_works_on_a_run_can_be_seen_while_it_does(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path))
+    assert holder_of(run) is None
+    with Presence(run) as presence:
+        presence.enter_step("cache")
+        holder = holder_of(run)
+        assert holder is not None
+        assert (holder.pid, holder.step) == (os.getpid(), "cache")
+    assert holder_of(run) is None
+
+
+def test_a_run_that_another_launcher_works_on_is_refused(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        run.write_text("launcher.json", note(other.pid, started=psutil.Process(other.pid).create_time()))
+        with pytest.raises(ViewpointError, match="another launcher"), Presence(run):
+            pass
+        other.kill()
+
+
+def test_a_note_that_a_killed_launcher_left_stops_nobody(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path))
+    run.write_text("launcher.json", note(os.getpid(), started=1.0))  # a later process has its number
+    assert holder_of(run) is None
+    with Presence(run):
+        assert holder_of(run) is not None
+
+
+def test_a_launcher_on_another_machine_counts_while_its_note_is_fresh(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path))
+    run.write_text("launcher.json", note(1, started=0.0, host="elsewhere", age=10))
+    assert holder_of(run) is not None
+    run.write_text("launcher.json", note(1, started=0.0, host="elsewhere", age=60))
+    assert holder_of(run) is None
