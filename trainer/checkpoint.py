@@ -16,8 +16,8 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -81,9 +81,16 @@ class Position:
     samples_seen: int = 0
     totals: Mapping[str, float] = field(default_factory=dict)  # metrics that go on counting, as seconds by bucket
 
+    def advanced(self, global_batch: int) -> "Position":
+        """One step on."""
+        return replace(self, step=self.step + 1, samples_seen=self.samples_seen + global_batch)
 
-@dataclass(frozen=True)
-class Restored:
+    def with_totals(self, totals: Mapping[str, float]) -> "Position":
+        """The same place, with what was counted on the way."""
+        return replace(self, totals=totals)
+
+
+class Restored(NamedTuple):
     """Where a run goes on, and what was wrong with newer checkpoints that had to be passed over."""
 
     position: Position

@@ -56,6 +56,11 @@ class World:
         return bool(all_reduce_sum(torch.tensor(float(flag), device=communication_device())).item() > 0)
 
 
+def uses_gpu() -> bool:
+    """Whether this process computes on a GPU: where there is one, unless DS_ACCELERATOR=cpu says otherwise."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
 @contextmanager
 def joined(timeout_seconds: float) -> Iterator[World]:
     """This process's world, with the process group that torchrun prepared; a world of one needs no address.
@@ -63,7 +68,7 @@ def joined(timeout_seconds: float) -> Iterator[World]:
     A collective that waits longer than the timeout fails, instead of hiding a dead rank.
     """
     world = World.from_env()
-    if on_gpu := torch.cuda.is_available():
+    if on_gpu := uses_gpu():
         torch.cuda.set_device(world.local_rank)
     # nccl for gradients, gloo for what ranks tell each other in host memory
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"

@@ -6,12 +6,14 @@ batch normalisation and geometry along, and change the optimizer at ZeRO stage 0
 """
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from types import TracebackType
+from typing import Any, Final, Literal, Self
 
 import torch
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from datastore.batch import Batch
 from datastore.errors import AskedWrongly, DoNotRetry
-from trainer.distributed import World
+from trainer.distributed import World, uses_gpu
 from trainer.schedule import ScheduleConfig
 
 Terms = dict[str, Tensor]
@@ -100,6 +102,11 @@ class Engine:
         self.grad_norm = 0.0
 
     @property
+    def has_finite_gradient(self) -> bool:
+        """Whether the last update had a gradient to follow; deepspeed skips one that has none."""
+        return math.isfinite(self.grad_norm)
+
+    @property
     def zero_optimizer(self) -> Any:
         """Deepspeed's optimizer around ours, at stages 1 to 3: what trainer/fragments.py looks into."""
         return self._engine.optimizer
@@ -109,9 +116,9 @@ class Engine:
         terms: Terms = self._engine(batch)
         return terms
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds the loss's gradient, divided by the number of micro-batches; the last one is reduced over the ranks."""
-        self._engine.backward(loss)
+    def backward(self, terms: Terms) -> None:
+        """Adds the gradient of the terms' sum over the number of micro-batches; the last one is reduced over ranks."""
+        self._engine.backward(torch.stack(tuple(terms.values())).sum())
 
     def step(self) -> None:
         """Updates the weights after the last micro-batch of a global batch; before that it only counts."""
@@ -128,6 +135,14 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def close(self) -> None:
         """Ends the engine and the process group, which deepspeed keeps references to."""
         deepspeed = _import_deepspeed()
@@ -138,7 +153,7 @@ class Engine:
 def build_engine(objective: nn.Module, config: EngineConfig, world: World, split: BatchSplit) -> Engine:
     """The engine of this rank, in the process group that `distributed.joined` made; weights are those of rank 0."""
     deepspeed = _import_deepspeed()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if uses_gpu() else "cpu"
     if runs_in_bf16(config, device):
         # a forward of its own, not a context around the engine: deepspeed switches an outer autocast off.
         # Without its cache at stage 3, where cached casts would keep the whole model on every rank.
@@ -186,7 +201,7 @@ def _deepspeed_config(config: EngineConfig, parameters: list[nn.Parameter], spli
 
 def _import_deepspeed() -> Any:
     """The module; here, because its import takes a while, and with its compilers and its chatter switched off."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if uses_gpu() else "cpu")
     with _quiet():
         import deepspeed
         from deepspeed.utils import logger

@@ -70,10 +70,9 @@ def train(engine: Engine, steps: Iterable[int], *, micro_batch: int = 4) -> list
         total = 0.0
         for batch in micro_batches(step, engine.world, micro_batch=micro_batch):
             terms = engine(batch)
-            loss = torch.stack(list(terms.values())).sum()
-            engine.backward(loss)
+            engine.backward(terms)
             engine.step()
-            total += float(loss.detach())
+            total += float(torch.stack(list(terms.values())).sum().detach())
         losses.append(total)
     return losses
 

@@ -1,0 +1,77 @@
+"""Tests of trainer/metrics.py."""
+
+import socket
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+
+from datastore.errors import DoNotRetry
+from trainer.distributed import World
+from trainer.metrics import Exporter, MetricsConfig, StepFigures, TimeAccount
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free: int = probe.getsockname()[1]
+        return free
+
+
+def _clock(*times: float) -> Iterator[float]:
+    yield from times
+
+
+def test_the_buckets_of_the_account_add_up_to_wall_time() -> None:
+    ticks = _clock(0.0, 3.0, 4.5, 6.5, 10.0)
+    account = TimeAccount(clock=lambda: next(ticks))
+    account.enter("data_wait")
+    account.enter("forward")
+    account.enter("data_wait")
+    seconds = account.seconds
+    assert seconds["startup"] == 3.0 and seconds["forward"] == 2.0 and seconds["data_wait"] == 1.5 + 3.5
+    assert sum(seconds.values()) == 10.0
+
+
+def test_the_account_goes_on_where_an_earlier_start_ended() -> None:
+    account = TimeAccount(clock=lambda: 0.0)
+    account.add_earlier({"forward": 5.0, "a bucket of an older release": 1.0})
+    assert account.seconds["forward"] == 5.0
+    assert sum(account.seconds.values()) == 6.0
+
+
+def test_a_scrape_finds_each_ranks_figures_on_its_own_port(port: int) -> None:
+    texts = []
+    for rank in (0, 1):
+        world = World(rank, 2, local_rank=rank)
+        exporter = Exporter(MetricsConfig(port=port), world, "demo-1", TimeAccount())
+        exporter.observe(StepFigures(step=7, loss=1.5, terms={"task": 0.5, "alignment": 1.0}, lr=0.1), 448)
+        exporter.saved(5, 1000)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port + rank}/metrics", timeout=5) as response:
+            texts.append(response.read().decode())
+        exporter.close()
+    first, second = texts
+    assert 'viewpoint_loss{rank="0",run="demo-1",term="alignment"} 1.0' in first
+    assert 'viewpoint_samples_total{rank="0",run="demo-1"} 448.0' in first
+    assert 'viewpoint_checkpoint_committed_step{rank="0",run="demo-1"} 5.0' in first
+    assert 'viewpoint_time_seconds_total{bucket="startup",rank="1",run="demo-1"}' in second
+    assert "viewpoint_loss" not in second, "the loss is the same everywhere and comes from rank 0"
+    for text in texts:
+        assert all(line.startswith("viewpoint_") for line in text.splitlines() if not line.startswith("#"))
+
+
+def test_a_port_in_use_is_named_with_the_option_that_changes_it(port: int) -> None:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("0.0.0.0", port))
+        taken.listen()
+        with pytest.raises(DoNotRetry, match=rf"Port {port}.*metrics\.port"):
+            Exporter(MetricsConfig(port=port), World(), "demo-1", TimeAccount())
+
+
+def test_without_a_port_nothing_listens_and_figures_are_kept() -> None:
+    exporter = Exporter(MetricsConfig(), World(), "demo-1", TimeAccount())
+    exporter.observe(StepFigures(step=3), 96)
+    assert exporter.figures.step == 3
+    exporter.close()

@@ -1,0 +1,222 @@
+"""Tests of trainer/pretrain.py: whole runs of a tiny PointMCD."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import models
+from datastore.errors import EXIT_STOPPED, AskedWrongly, DoNotRetry, Stopped
+from datastore.layout import create_teacher, open_store
+from datastore.write import BlockWriter, publish
+from tests.ranks import run_ranks
+from tests.stores import sample_arrays, small_teacher, write_blocks, write_small_store
+from trainer.checkpoint import committed_steps
+from trainer.config import RunConfig, read_config
+from trainer.distributed import World
+from trainer.pretrain import config_at, pretrain, run, step_seed
+from trainer.runfolder import RunFolder
+
+STEPS = 8
+
+
+class _StopAtStep(threading.Event):
+    """Set at the n-th look: the loop looks once a step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self._looks_left = step
+
+    def is_set(self) -> bool:
+        self._looks_left -= 1
+        return self._looks_left <= 0
+
+
+@pytest.fixture(scope="module")
+def store_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = str(tmp_path_factory.mktemp("corpus") / "store.zarr")
+    store = write_small_store(url)
+    scope = create_teacher(store, small_teacher())
+    write_blocks(open_store(url), BlockWriter(open_store(url), scope).pending(), scope)
+    publish(open_store(url))
+    return url
+
+
+def _config(store_url: str, **changes: Any) -> RunConfig:
+    tree: dict[str, Any] = {
+        "job": "tiny",
+        "objective": {"kind": "pointmcd", "teacher": "teacher"},
+        "student": {"kind": "pointnet", "width": 0.0625},
+        "data": {"store_url": store_url},
+        "engine": {"optimizer": {"kind": "adamw", "lr": 1e-3}, "max_micro_batch": 4},
+        "checkpoint": {"every_seconds": None},
+        "steps": STEPS,
+        "global_batch": 16,
+    }
+    for key, value in changes.items():
+        tree[key] = tree.get(key, {}) | value if isinstance(value, dict) else value
+    return RunConfig.model_validate(tree)
+
+
+def _pretrain(config: RunConfig, run_url: str, stop_at: int | None = None) -> str | None:
+    """Trains in the process group that the test made; returns why it stopped."""
+    world = World.from_env()
+    stop = threading.Event() if stop_at is None else _StopAtStep(stop_at)
+    try:
+        pretrain(config, RunFolder(run_url, writer=f"rank-{world.rank}"), world, stop)
+    except (Stopped, DoNotRetry) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _losses(run_url: str) -> list[tuple[int, float, float]]:
+    return [(each["step"], each["loss"], each["grad_norm"]) for each in RunFolder(run_url).metrics()]
+
+
+def test_a_run_trains_saves_exports_and_says_so(store_url: str, tmp_path: Path) -> None:
+    url = str(tmp_path / "run")
+    config = _config(store_url, checkpoint={"every_steps": 3, "keep_last": 2})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(config.to_yaml())
+    arguments = argparse.Namespace(config=str(recipe), run=url)
+    assert run(arguments) == 0
+    folder = RunFolder(url)
+    assert folder.is_finished() and folder.config() == config
+    assert [event["event"] for event in folder.events()] == ["started", "saved", "saved", "saved", "finished"]
+    assert committed_steps_of(url) == [6, STEPS]
+    lines = folder.metrics()
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert lines[-1]["loss"] == pytest.approx(sum(lines[-1]["terms"].values()))
+    assert set(lines[-1]["terms"]) == {"task", "alignment", "transform_penalty"}
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert 0 <= lines[-1]["data_wait_share"] <= 1 and lines[-1]["samples_per_second"] > 0
+    finished = folder.last_event("finished")
+    assert finished is not None and finished["seconds"]["forward"] > 0
+    encoder = models.load(folder.export_url)
+    assert encoder.encode(torch.rand(2, 20, 3)).isfinite().all()
+    before = _losses(url)
+    assert run(arguments) == 0, "a finished run is left as it is"
+    assert _losses(url) == before
+    assert [event["event"] for event in folder.events()].count("finished") == 1
+
+
+def committed_steps_of(run_url: str) -> list[int]:
+    from datastore.objects import ObjectFolder
+
+    return committed_steps(ObjectFolder(RunFolder(run_url).checkpoints_url))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_stopping_and_resuming_gives_the_figures_of_a_straight_run_to_the_last_bit(
+    stage: int, store_url: str, tmp_path: Path
+) -> None:
+    config = _config(store_url, engine={"zero_stage": stage})
+    straight, stopped = str(tmp_path / "straight"), str(tmp_path / "stopped")
+    assert run_ranks(_pretrain, config, straight) == [None, None]
+    for message in run_ranks(_pretrain, config, stopped, 3):
+        assert message is not None and message.startswith(f"Stopped: Stopped at step 3 of {STEPS}")
+    assert committed_steps_of(stopped) == [3]
+    assert run_ranks(_pretrain, config, stopped) == [None, None]
+    assert _losses(straight) == _losses(stopped)
+    events = RunFolder(stopped).events()
+    assert [event["event"] for event in events] == ["started", "saved", "stopped", "started", "saved", "finished"]
+    assert events[3]["resumed_from"] == 3 and events[3]["world"] == 2
+
+
+def test_a_run_goes_on_with_fewer_processes_and_another_stage(store_url: str, tmp_path: Path) -> None:
+    url = str(tmp_path / "run")
+    run_ranks(_pretrain, _config(store_url, engine={"zero_stage": 2}), url, 4)
+    assert run_ranks(_pretrain, _config(store_url, engine={"zero_stage": 0}), url, world=1) == [None]
+    assert [step for step, *_ in _losses(url)] == list(range(1, STEPS + 1))
+    assert RunFolder(url).is_finished()
+
+
+def test_a_damaged_checkpoint_is_passed_over_loudly(store_url: str, tmp_path: Path) -> None:
+    url = str(tmp_path / "run")
+    config = _config(store_url, checkpoint={"every_steps": 2})
+    straight = run_ranks(_pretrain, config, url, 4)
+    assert straight[0] is not None
+    blob = next((tmp_path / "run" / "checkpoints" / "step-00000004").glob("rank-00001*.safetensors"))
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    assert run_ranks(_pretrain, config, url) == [None, None]
+    damaged = RunFolder(url).last_event("checkpoint_damaged")
+    assert damaged is not None and damaged["resumed_from"] == 2 and blob.name in damaged["problem"]
+    figures = _losses(url)
+    assert [step for step, *_ in figures] == [1, 2, 3, 4, 3, 4, 5, 6, 7, 8]
+    assert figures[2:4] == figures[4:6], "steps that are repeated repeat to the last bit"
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_a_save_and_names_the_samples(tmp_path: Path) -> None:
+    url = str(tmp_path / "store.zarr")
+    store = write_small_store(url)
+    scope = create_teacher(store, small_teacher())
+    store = open_store(url)
+    writer = BlockWriter(store, scope)
+    arrays = sample_arrays(store, scope)
+    broken = int(store.rows("train")[5])
+    arrays["view_features"][broken, 0, 0] = np.inf
+    for block in writer.pending():
+        first, end = store.block_range(block)
+        writer.write(block, {name: array[first:end] for name, array in arrays.items()})
+    publish(store)
+    run_url = str(tmp_path / "run")
+    messages = run_ranks(_pretrain, _config(url, checkpoint={"every_steps": 1}), run_url)
+    assert messages[0] == messages[1] is not None
+    assert "term 'alignment' is inf" in messages[0] and f"{broken}" in messages[0] and "on rank" in messages[0]
+    event = RunFolder(run_url).last_event("not_finite")
+    assert event is not None
+    assert committed_steps_of(run_url) == [step for step in (event["step"] - 2, event["step"] - 1) if step > 0]
+
+
+def test_sigterm_saves_at_the_same_step_and_exits_75(store_url: str, tmp_path: Path) -> None:
+    url = str(tmp_path / "run")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(_config(store_url, steps=100_000).to_yaml())
+    command = [sys.executable, "-m", "trainer", "pretrain", "--config", str(recipe), "--run", url]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    folder, deadline = RunFolder(url), time.monotonic() + 60
+    while not folder.metrics() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == EXIT_STOPPED, stderr
+    event = folder.last_event()
+    assert event is not None and event["event"] == "stopped"
+    assert committed_steps_of(url) == [event["step"]]
+    assert "everything is saved" in stderr
+    assert "Traceback" not in stderr and "DeepSpeed" not in stderr, "deepspeed's chatter is for nobody"
+
+
+def test_what_is_asked_wrongly_is_found_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(AskedWrongly, match="no config"):
+        config_at(str(tmp_path / "nothing.yaml"))
+    config = read_config(_config("nowhere").to_yaml(), name="test", assignments=["data.store_url=null"])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(config.to_yaml())
+    with pytest.raises(AskedWrongly, match="names no store"):
+        run(argparse.Namespace(config=str(recipe), run=str(tmp_path / "run")))
+
+
+def test_every_rank_and_step_has_randomness_of_its_own() -> None:
+    seeds = {step_seed(seed, step, rank) for seed in range(3) for step in range(50) for rank in range(4)}
+    assert len(seeds) == 600
+    assert step_seed(0, 7, 1) == step_seed(0, 7, 1)
+
+
+def test_the_help_needs_no_torch() -> None:
+    code = "import sys, trainer.pretrain; print(json.dumps('torch' in sys.modules))"
+    out = subprocess.run([sys.executable, "-c", f"import json; {code}"], capture_output=True, text=True, check=True)
+    assert json.loads(out.stdout) is False

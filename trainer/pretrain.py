@@ -1,0 +1,349 @@
+"""Stage: trains a recipe, a student or a teacher. The loop and the step: the file to read first.
+
+Every process of a run executes `pretrain`. Once a step they agree, in one sum over the ranks, on whether to stop,
+whether to save and whether the loss is finite, so that all do the same at the same step.
+"""
+
+import argparse
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+from datastore.errors import EXIT_DONE, AskedWrongly, DoNotRetry, Stopped
+from datastore.progress import Progress
+from datastore.stopping import stop_asked
+from trainer.schedule import lr_at
+
+if TYPE_CHECKING:
+    import threading
+
+    from datastore.batch import Batch
+    from datastore.layout import Store
+    from datastore.stream import Stream
+    from trainer.checkpoint import Position
+    from trainer.config import RunConfig
+    from trainer.distributed import World
+    from trainer.engine import Engine
+    from trainer.metrics import TimeAccount
+    from trainer.objectives.base import Objective, Terms
+    from trainer.runfolder import RunFolder
+
+HELP = "train a recipe: one process of a run"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The stage's options."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="the resolved recipe, as a run folder holds it")
+    parser.add_argument("--run", required=True, metavar="URL", help="the run folder, local or object storage")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trains from the newest checkpoint to the end; raises Stopped where it was asked to stop and all work is saved."""
+    with stop_asked() as stop:  # before the imports, which take seconds: a signal meanwhile is not lost
+        from trainer.distributed import World, joined
+        from trainer.runfolder import RunFolder
+
+        config = config_at(arguments.config)
+        folder = RunFolder(arguments.run, writer=f"rank-{World.from_env().rank}")
+        with joined(config.engine.collective_timeout_seconds) as world:
+            pretrain(config, folder, world, stop)
+    return EXIT_DONE
+
+
+def pretrain(config: "RunConfig", folder: "RunFolder", world: "World", stop: "threading.Event") -> None:
+    """Trains the run in this folder to its end."""
+    import torch
+
+    from datastore.layout import open_store
+    from datastore.objects import ObjectFolder
+    from datastore.stream import open_stream
+    from trainer.checkpoint import due, restore, retain, save
+    from trainer.engine import build_engine, split_batch
+    from trainer.fragments import check_layout
+    from trainer.metrics import TimeAccount
+
+    account = TimeAccount()
+    be_deterministic()
+    split = split_batch(config.global_batch, world.size, config.engine.max_micro_batch)
+    objective = build_objective(config, open_store(store_url(config)))
+    with ExitStack() as closing:
+        engine = closing.enter_context(build_engine(objective, config.engine, world, split))
+        check_layout(engine)
+        checkpoints = ObjectFolder(folder.checkpoints_url)
+        position, damaged = restore(engine, checkpoints, config_hash=config.hash())
+        account.add_earlier(position.totals)
+        stream = open_stream(
+            config.data,
+            objective.batch_type,
+            teacher=getattr(config.objective, "teacher", None),
+            global_batch=config.global_batch,
+            micro_batch=split.micro_batch,
+            rank=world.rank,
+            world_size=world.size,
+            seed=config.seed,
+            start=position.samples_seen,
+        )
+        closing.enter_context(stream)
+        total_steps = config.total_steps(stream.steps_per_epoch)
+        report = closing.enter_context(Report(config, folder, world, account, stream, position, total_steps))
+        report.started(damaged)
+
+        saved_at = time.monotonic()
+        account.enter("data_wait")
+        for micro_batches in stream.steps(total_steps - position.step):
+            lr = lr_at(
+                config.engine.schedule, config.engine.optimizer.lr, position.step, stream.steps_per_epoch, total_steps
+            )
+            engine.set_lr(lr)
+            torch.manual_seed(step_seed(config.seed, position.step, world.rank))
+            terms = train_step(engine, micro_batches, account)
+            position = position.advanced(config.global_batch)
+
+            is_due = world.is_first and due(config.checkpoint, position.step, time.monotonic() - saved_at)
+            agreed = agree(terms, stop=stop.is_set(), save=is_due)
+            if not agreed.is_finite or not engine.has_finite_gradient:
+                problem = explain_not_finite(terms, micro_batches, engine, position)
+                report.not_finite(position, problem)
+                raise DoNotRetry(problem)
+            report.step(position, agreed.terms, lr, engine.grad_norm)
+
+            if agreed.save or agreed.stop or position.step == total_steps:
+                account.enter("checkpoint")
+                started = time.monotonic()
+                position = position.with_totals(account.seconds)
+                num_bytes = save(engine, position, checkpoints, config_hash=config.hash(), config=config.to_yaml())
+                if world.is_first:
+                    retain(checkpoints, config.checkpoint)
+                saved_at = time.monotonic()
+                report.saved(position, num_bytes, saved_at - started)
+            if agreed.stop and position.step < total_steps:
+                report.stopped(position)
+                raise Stopped(
+                    f"Stopped at step {position.step:,} of {total_steps:,}; everything is saved in {folder.url}. "
+                    f"The same command goes on from here."
+                )
+            account.enter("data_wait")
+        report.finished(position)
+
+
+def train_step(engine: "Engine", micro_batches: Sequence["Batch"], account: "TimeAccount") -> "list[Terms]":
+    """One optimizer update. Returns the terms of each micro-batch, as this rank sees them."""
+    seen: list[Terms] = []
+    for batch in micro_batches:
+        account.enter("forward")
+        terms = engine(batch.to(engine.device))  # Objective.forward
+        account.enter("backward")
+        engine.backward(terms)  # divides by the number of micro-batches
+        account.enter("optimizer")
+        engine.step()  # updates on the last one only
+        seen.append({name: term.detach() for name, term in terms.items()})
+    account.enter("other")
+    return seen
+
+
+class Agreed(NamedTuple):
+    """What all ranks know after a step."""
+
+    stop: bool
+    save: bool
+    is_finite: bool
+    terms: dict[str, float]  # mean over ranks and micro-batches
+
+
+def agree(seen: "list[Terms]", *, stop: bool, save: bool) -> Agreed:
+    """Whether any rank wants to stop or save, whether all losses are finite, and each term's mean: in one sum."""
+    import torch
+
+    from trainer.distributed import all_reduce_sum, communication_device, world_size
+
+    names = list(seen[0])
+    values = torch.stack([terms[name].double() for terms in seen for name in names]).view(len(seen), len(names))
+    flags = torch.tensor([stop, save], dtype=torch.float64, device=values.device)
+    is_wrong = (~values.isfinite()).any().double().view(1)
+    total = all_reduce_sum(torch.cat([flags, is_wrong, values.mean(dim=0)]).to(communication_device())).tolist()
+    means = [value / world_size() for value in total[3:]]
+    return Agreed(total[0] > 0, total[1] > 0, total[2] == 0, dict(zip(names, means, strict=True)))
+
+
+def explain_not_finite(
+    seen: "list[Terms]", micro_batches: Sequence["Batch"], engine: "Engine", position: "Position"
+) -> str:
+    """Which term was not finite, on which rank and for which samples; the same message on all ranks."""
+    from trainer.distributed import gather_reports
+
+    mine = [
+        f"term {name!r} is {float(term)} on rank {engine.world.rank} for samples {batch.ids.tolist()}"
+        for terms, batch in zip(seen, micro_batches, strict=True)
+        for name, term in terms.items()
+        if not term.isfinite()
+    ]
+    found = [line for lines in gather_reports(mine) for line in lines]
+    what = "; ".join(found) or f"the norm of the gradient is {engine.grad_norm}, with finite terms"
+    return (
+        f"Training stopped at step {position.step}, before it was saved: {what}. Look at those samples with "
+        f"`viewpoint inspect`, or start a new run with a lower engine.optimizer.lr or with engine.clip_grad_norm; this "
+        f"one stays at the checkpoint before."
+    )
+
+
+class Report:
+    """What rank 0 tells people and files, and every rank Prometheus."""
+
+    def __init__(
+        self,
+        config: "RunConfig",
+        folder: "RunFolder",
+        world: "World",
+        account: "TimeAccount",
+        stream: "Stream[Batch]",
+        position: "Position",
+        total_steps: int,
+    ) -> None:
+        from trainer.metrics import Exporter
+
+        self._config, self._folder, self._world = config, folder, world
+        self._account, self._stream, self._total_steps = account, stream, total_steps
+        self._exporter = Exporter(config.metrics, world, folder.name, account)
+        self._exporter.reads = lambda: (stream.bytes_read, stream.batches_ready)
+        self._resumed_from = position
+        self._progress = None
+        if world.is_first:
+            self._progress = Progress(config.job, total_steps, "steps", resumed=position.step)
+        self._line_at, self._line_samples = time.monotonic(), position.samples_seen
+        self._line_wait = stream.data_wait_seconds
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.__exit__(kind, error, trace)
+        self._folder.flush()
+        self._exporter.close()
+
+    def started(self, damaged: Sequence[str]) -> None:
+        """Notes the start, and loudly each checkpoint that had to be passed over."""
+        if not self._world.is_first:
+            return
+        if not self._folder.exists():
+            self._folder.write_config(self._config)
+        for problem in damaged:
+            self._folder.append_event("checkpoint_damaged", problem=problem, resumed_from=self._resumed_from.step)
+        self._folder.append_event(
+            "started",
+            world=self._world.size,
+            resumed_from=self._resumed_from.step,
+            total_steps=self._total_steps,
+            zero_stage=self._config.engine.zero_stage,
+        )
+
+    def step(self, position: "Position", terms: dict[str, float], lr: float, grad_norm: float) -> None:
+        """Shows a finished step, and writes its line where one is due."""
+        if position.step % self._config.metrics.every_steps and position.step != self._total_steps:
+            return
+        from trainer.metrics import StepFigures
+
+        now, wait = time.monotonic(), self._stream.data_wait_seconds
+        seconds = max(now - self._line_at, 1e-9)
+        figures = StepFigures(
+            step=position.step,
+            epoch=position.step / self._stream.steps_per_epoch,
+            loss=sum(terms.values()),
+            terms=terms,
+            lr=lr,
+            grad_norm=grad_norm,
+            samples_per_second=(position.samples_seen - self._line_samples) / seconds,
+            data_wait_share=(wait - self._line_wait) / seconds,
+        )
+        self._line_at, self._line_samples, self._line_wait = now, position.samples_seen, wait
+        self._exporter.observe(figures, position.samples_seen)
+        if self._progress is not None:
+            self._folder.append_metrics(figures.record())
+            rate, share = f"{figures.samples_per_second:.0f}", f"{100 * figures.data_wait_share:.0f}%"
+            self._progress.update(position.step, loss=figures.loss, **{"samples/s": rate, "data wait": share})
+
+    def saved(self, position: "Position", num_bytes: int, seconds: float) -> None:
+        """Notes a committed checkpoint."""
+        self._exporter.saved(position.step, num_bytes)
+        if self._world.is_first:
+            self._folder.append_event("saved", step=position.step, seconds=seconds, bytes=num_bytes)
+
+    def not_finite(self, position: "Position", problem: str) -> None:
+        """Notes why the run ended here."""
+        if self._world.is_first:
+            self._folder.append_event("not_finite", step=position.step, problem=problem)
+
+    def stopped(self, position: "Position") -> None:
+        """Notes that the run stopped before its end."""
+        if self._world.is_first:
+            self._folder.append_event("stopped", step=position.step)
+
+    def finished(self, position: "Position") -> None:
+        """Exports what was trained and notes the end; a run that had finished before is left as it is."""
+        from trainer.export import export_run
+
+        if self._world.is_first and not self._folder.is_finished():
+            export_run(self._folder, position.step, self._folder.export_url)
+            self._folder.append_event("finished", step=position.step, seconds=self._account.seconds)
+
+
+def config_at(url: str) -> "RunConfig":
+    """The config in a file, local or on object storage."""
+    from datastore.objects import ObjectFolder
+    from trainer.config import read_config
+
+    parent, _, name = url.rpartition("/")
+    try:
+        text = ObjectFolder(parent or ".").read(name).decode()
+    except FileNotFoundError as error:
+        raise AskedWrongly(f"There is no config {url}: give the config.yaml of a run folder, or a recipe.") from error
+    return read_config(text, name=f"config {url}", default_job=name.removesuffix(".yaml"))
+
+
+def store_url(config: "RunConfig") -> str:
+    """The store that the run reads."""
+    if config.data.store_url is None:
+        raise AskedWrongly(
+            "The config names no store. Start the run with `viewpoint launch JOB --data URL`, or write data.store_url "
+            "into the config."
+        )
+    return config.data.store_url
+
+
+def build_objective(config: "RunConfig", store: "Store") -> "Objective[Any]":
+    """The objective with its first weights, which are a function of the seed: the same on every rank."""
+    import torch
+
+    from models.students import build_student
+    from trainer.objectives.base import Corpus
+
+    torch.manual_seed(config.seed)
+    # the student first: its weights do not depend on what the objective adds
+    student = None if config.student is None else build_student(config.student)
+    facts = store.corpus_facts
+    dims = {name: teacher.dim for name, teacher in store.teachers.items()}
+    if (teacher := getattr(config.objective, "teacher", None)) is not None:
+        dims[teacher] = dims[store.resolve_teacher(teacher)]
+    corpus = Corpus(facts.class_names, facts.num_views, facts.image_size, facts.part_names, dims)
+    return config.objective.build(student, corpus)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Where the randomness of one step on one rank starts (dropout, drop path): no random state needs to be saved."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest(), "little")
+
+
+def be_deterministic() -> None:
+    """Chooses kernels that give the same bits each time, where torch has them; others say so in a warning."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
