@@ -523,6 +523,10 @@ def create_teacher(store: Store, teacher: TeacherAttributes) -> str:
     scope = f"{_TEACHERS_FOLDER}/{teacher.key}"
     store.folder.create(f"{_TEACHERS_FOLDER}/zarr.json", _group_document({}))
     document = _group_document({_TEACHER_KEY: teacher.model_dump(mode="json")})
+    if not store.folder.exists(f"{scope}/zarr.json"):
+        # someone removed the teacher's folder: the records of what lay there must not vouch for what comes now
+        for block in commit_numbers(store.folder, scope):
+            store.folder.remove(commit_name(scope, block))
     if not store.folder.create(f"{scope}/zarr.json", document):
         found = _read_teacher(store.folder, teacher.key)
         if differences := _differences(found, teacher):
@@ -532,6 +536,11 @@ def create_teacher(store: Store, teacher: TeacherAttributes) -> str:
             )
     _write_array_documents(store, scope)
     return scope
+
+
+def present_scopes(folder: ObjectFolder) -> list[str]:
+    """Every scope that the store has now, whoever added it since it was opened."""
+    return [INGEST, *(f"{_TEACHERS_FOLDER}/{key}" for key in _teacher_keys(folder))]
 
 
 def commit_name(scope: str, block: int) -> str:
@@ -575,10 +584,14 @@ def _numbers(names: Iterable[str]) -> list[int]:
 
 def _open(folder: ObjectFolder) -> Store:
     attributes, fields = _read_attributes(folder)
-    keys = [name for name in folder.names(_TEACHERS_FOLDER) if "@" in name]
-    # a folder without its document is a teacher whose creation is under way
-    teachers = {key: _read_teacher(folder, key) for key in keys if folder.exists(f"{_TEACHERS_FOLDER}/{key}/zarr.json")}
+    teachers = {key: _read_teacher(folder, key) for key in _teacher_keys(folder)}
     return Store(folder, attributes, fields, teachers, newest_manifest(folder))
+
+
+def _teacher_keys(folder: ObjectFolder) -> list[str]:
+    """`name@hash` of every teacher. A folder without its document is one that is being made, or was removed."""
+    keys = (name for name in folder.names(_TEACHERS_FOLDER) if "@" in name)
+    return [key for key in keys if folder.exists(f"{_TEACHERS_FOLDER}/{key}/zarr.json")]
 
 
 def _read_attributes(folder: ObjectFolder) -> tuple[StoreAttributes, tuple[str, ...]]:

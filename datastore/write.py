@@ -35,6 +35,7 @@ from datastore.layout import (
     manifest_name,
     newest_manifest,
     parse_document,
+    present_scopes,
 )
 from datastore.objects import ObjectFolder
 
@@ -267,7 +268,7 @@ def publish(store: Store) -> Manifest:
     while True:
         # the order matters: what a lower number saw committed, a higher number, which looked later, sees too
         newest = newest_manifest(store.folder)
-        scopes = {scope: _gather(store, scope) for scope in _scopes(store)}
+        scopes = {scope: _gather(store, scope) for scope in present_scopes(store.folder)}
         scopes = {scope: gathered for scope, gathered in scopes.items() if gathered.block_ranges}
         if scopes == newest.scopes:
             return newest
@@ -311,7 +312,11 @@ def find_damage(store: Store, on_checked: Callable[[int], None] | None = None) -
 def verify(store: Store, on_checked: Callable[[int], None] | None = None) -> list[str]:
     """What is wrong with the store's objects, one line each; empty if all are as they were written."""
     problems = [damage.problem for damage in find_damage(store, on_checked)]
-    for scope in (scope for scope in _scopes(store) if store.manifest.scope(scope).block_ranges):
+    present = present_scopes(store.folder)
+    for scope in store.manifest.scopes:
+        if scope not in present:
+            problems.append(f"{scope} is missing, and its manifest says that it is there")
+            continue
         for stored in store.fields_of(scope):
             name = f"{stored.path}/zarr.json"
             if not store.folder.exists(name):
@@ -332,8 +337,9 @@ class _PublishedShard:
 
 
 def _published_shards(store: Store) -> Iterator[_PublishedShard]:
-    for scope, published in store.manifest.scopes.items():
-        for stored in store.fields_of(scope):
+    for scope in present_scopes(store.folder):
+        published = store.manifest.scope(scope)
+        for stored in store.fields_of(scope) if published.block_ranges else ():
             sums = published.shards[stored.field.name]
             for shard, (size, crc32c) in enumerate(zip(sums.sizes, sums.crc32c, strict=True)):
                 if size:
@@ -365,11 +371,6 @@ def _size_and_crc32c(folder: ObjectFolder, name: str) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return size, crc32c
-
-
-def _scopes(store: Store) -> list[str]:
-    """Every scope that the store has, whoever added it since it was opened."""
-    return [INGEST, *(f"teachers/{name}" for name in store.folder.names("teachers") if "@" in name)]
 
 
 def _gather(store: Store, scope: str) -> ScopeManifest:

@@ -1,6 +1,7 @@
 """Stores as readers see them."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from datastore.layout import (
     default_block_rows,
     open_store,
 )
-from datastore.write import BlockWriter, publish
+from datastore.write import BlockWriter, publish, verify
 from tests.stores import sample_arrays, small_attributes, small_teacher, write_blocks, write_small_store
 
 
@@ -331,6 +332,18 @@ def test_a_half_written_teacher_is_not_readable(tmp_path: Path) -> None:
     write_blocks(opened, BlockWriter(opened, scope).pending(), scope)
     publish(opened)
     assert open_store(tmp_path).resolve_teacher("teacher") == "teacher@feedc0de"
+
+
+def test_a_teacher_whose_folder_was_removed_is_gone_and_can_be_written_again(tmp_path: Path) -> None:
+    store = write_small_store(str(tmp_path))
+    add_teacher(store)
+    shutil.rmtree(tmp_path / "teachers/teacher@feedc0de")
+    opened = open_store(tmp_path)
+    assert opened.teachers == {}
+    assert verify(opened) == ["teachers/teacher@feedc0de is missing, and its manifest says that it is there"]
+    add_teacher(opened)
+    assert open_store(tmp_path).resolve_teacher("teacher") == "teacher@feedc0de"
+    assert verify(open_store(tmp_path)) == []
 
 
 def test_a_teacher_with_the_same_weights_and_other_properties_is_refused(tmp_path: Path) -> None:
