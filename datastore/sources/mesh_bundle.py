@@ -3,6 +3,8 @@
 import csv
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self
@@ -119,16 +121,21 @@ def _read_index(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _open_arrays(path: Path) -> "np.lib.npyio.NpzFile":
-    try:
-        arrays = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise SourceError(f"{path} is not an .npz archive, or only a part of one ({error}). Fetch it again.") from error
-    if not isinstance(arrays, np.lib.npyio.NpzFile):
-        raise SourceError(f"{path} holds one bare array; an .npz archive with {', '.join(_ARRAYS)} is needed.")
-    if missing := [name for name in _ARRAYS if name not in arrays.files]:
-        raise SourceError(f"{path} has no {', '.join(missing)}; it holds {', '.join(arrays.files)}.")
-    return arrays
+@contextmanager
+def _open_arrays(path: Path) -> Iterator["np.lib.npyio.NpzFile"]:
+    # opened here, because numpy leaves a file open that turns out to be no archive
+    with path.open("rb") as file:
+        try:
+            arrays = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise SourceError(
+                f"{path} is not an .npz archive, or only a part of one ({error}). Fetch it again."
+            ) from error
+        if not isinstance(arrays, np.lib.npyio.NpzFile):
+            raise SourceError(f"{path} holds one bare array; an .npz archive with {', '.join(_ARRAYS)} is needed.")
+        if missing := [name for name in _ARRAYS if name not in arrays.files]:
+            raise SourceError(f"{path} has no {', '.join(missing)}; it holds {', '.join(arrays.files)}.")
+        yield arrays
 
 
 def _read_starts(arrays: "np.lib.npyio.NpzFile", path: Path) -> dict[str, Int64[np.ndarray, " n"]]:

@@ -23,11 +23,12 @@ _SPLIT_ORDER: Final = ("train", "val", "test")
 
 _Colours = tuple[UInt8[np.ndarray, "m 3"] | None, UInt8[np.ndarray, "n 3"] | None]  # of faces, of vertices; not both
 
-# What readers of a dozen formats raise on damaged files. Anything else is a fault that should be seen: the worker
-# process ends with a traceback, its shape goes into quarantine, and the ingest goes on.
+# What readers of a dozen formats raise on damaged files, and where an optional decoder is not installed. Anything else
+# is a fault that should be seen: the worker process ends with a traceback, its shape goes into quarantine, and the
+# ingest goes on.
 _READING_FAILS: Final = (
-    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, NotImplementedError, OSError, TypeError,
-    ValueError, struct.error,
+    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, NotImplementedError, OSError,
+    TypeError, ValueError, struct.error,
 )  # fmt: skip
 
 

@@ -1,0 +1,100 @@
+"""Tasks that end badly, one at a time and among good ones."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from datastore.errors import DoNotRetry, ViewpointError
+from datastore.process_pool import Died, ProcessPool
+
+
+def behave(task: str) -> str:
+    """Does what the task says; runs in a worker."""
+    if task == "crash":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if task == "leave":
+        os._exit(3)
+    if task == "hang":
+        time.sleep(60)
+    if task == "refuse":
+        raise DoNotRetry("no ray caster")
+    return task.upper()
+
+
+def results_of(
+    tasks: list[str], num_workers: int, seconds_per_task: float = 30, work: Callable[[str], str] = behave
+) -> dict[int, str | Died]:
+    found: dict[int, str | Died] = {}
+    offered, deadline = 0, time.monotonic() + 60
+    with ProcessPool(work, num_workers, seconds_per_task) as pool:
+        while len(found) < len(tasks):
+            assert time.monotonic() < deadline
+            while offered < len(tasks) and pool.offer(offered, tasks[offered]):
+                offered += 1
+            found |= dict(pool.results(0.1))
+    return found
+
+
+def test_a_task_that_kills_its_process_costs_itself_only() -> None:
+    found = results_of(["a", "crash", "b", "leave", "c"], num_workers=2)
+    assert [found[key] for key in (0, 2, 4)] == ["A", "B", "C"]
+    assert found[1] == Died("was ended by SIGKILL, perhaps for lack of memory")
+    assert found[3] == Died("ended with exit code 3")
+
+
+def test_a_task_that_never_ends_is_given_up() -> None:
+    found = results_of(["hang", "a"], num_workers=1, seconds_per_task=0.3)
+    assert found == {0: Died("took longer than 0.3 s"), 1: "A"}
+
+
+def test_an_error_meant_for_people_ends_the_whole_pool() -> None:
+    with pytest.raises(DoNotRetry, match="no ray caster"):
+        results_of(["a", "refuse", "b"], num_workers=1)
+
+
+def test_processes_that_cannot_start_are_an_error_and_not_a_broken_task(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ViewpointError, match="could not start"):
+        results_of(["a"], num_workers=1, work=Unpicklable())
+    assert "unpicklable on purpose" in capfd.readouterr().err
+
+
+class Unpicklable:
+    """Work that arrives broken."""
+
+    def __call__(self, task: str) -> str:
+        return task
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return fail_to_load, ()
+
+
+def fail_to_load() -> None:
+    raise RuntimeError("unpicklable on purpose")
+
+
+def signal_own_group(path: str) -> str:
+    """In a worker: what Ctrl-C does to it, and whether it lives."""
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return "alive"
+
+
+def test_signals_for_the_whole_group_leave_the_workers_to_their_parent() -> None:
+    assert results_of([""], num_workers=1, work=signal_own_group) == {0: "alive"}
+
+
+def name_process(_: str) -> str:
+    return str(os.getpid())
+
+
+def test_no_worker_outlives_the_pool() -> None:
+    with ProcessPool(name_process, 2, 30) as pool:
+        pool.offer(0, "")
+        found: list[tuple[int, str | Died]] = []
+        while not found:
+            found = pool.results(0.1)
+    assert not Path(f"/proc/{found[0][1]}").exists()
