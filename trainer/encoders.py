@@ -13,6 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
 from datastore.errors import AskedWrongly, DoNotRetry
+from datastore.layout import Store
 from datastore.objects import ObjectFolder
 from models.encoding import PointEncoder
 from models.exported import CONFIG_FILE, ExportedEncoder, load
@@ -50,6 +51,23 @@ class FoundEncoder:
     def num_points(self) -> int | None:
         """How many points it was trained on; None: all that are stored."""
         return self.config.data.num_points if self.config is not None else self.training.get("num_points")
+
+    @property
+    def split(self) -> str | None:
+        """The split that it was trained on."""
+        return self.config.data.split if self.config is not None else self.training.get("split")
+
+    @property
+    def teacher(self) -> str | None:
+        """The teacher that its objective named, if it had one."""
+        if self.config is not None:
+            return getattr(self.config.objective, "teacher", None)
+        return self.training.get("teacher")
+
+    def read_store(self, store: Store) -> bool:
+        """Whether its training read this store."""
+        url = self.config.data.store_url if self.config is not None else self.training.get("store_url")
+        return url is not None and ObjectFolder(url).root == store.folder.root
 
     @property
     def training(self) -> Mapping[str, Any]:
