@@ -32,7 +32,7 @@ def masked_view_max(
         raise ValueError(f"visibility is {visibility.dtype}; it must be torch.bool, True where a view sees a point.")
     clouds, _, points = visibility.transpose(1, 2).nonzero(as_tuple=True)
     num_visible = visibility.sum(dim=1)
-    pooled: Tensor = _GroupedMax.apply(per_point, clouds * per_point.shape[1] + points, num_visible)
+    pooled: Tensor = _GroupedMax.apply(per_point.flatten(0, 1), clouds * per_point.shape[1] + points, num_visible)
     return pooled, num_visible == 0
 
 
@@ -40,23 +40,23 @@ def max_over_points(per_point: Float[Tensor, "b n c"]) -> Float[Tensor, "b c"]:
     """The channel-wise maximum over all points of each cloud."""
     num_clouds, num_points, _ = per_point.shape
     rows = torch.arange(num_clouds * num_points, device=per_point.device)
-    pooled: Tensor = _GroupedMax.apply(per_point, rows, rows.new_full((num_clouds, 1), num_points))
+    pooled: Tensor = _GroupedMax.apply(per_point.flatten(0, 1), rows, rows.new_full((num_clouds, 1), num_points))
     return pooled.squeeze(1)
 
 
 class _GroupedMax(torch.autograd.Function):
-    """Maxima over groups of points: `rows` (of all clouds' points in one list) group after group, `sizes` [b, groups].
+    """Maxima over groups of points of all clouds: `rows` names the members, group after group; `sizes` is [b, groups].
 
     Why an embedding bag: in that mode torch reads every member of a group in place and says which one won.
     """
 
     @staticmethod
-    def forward(ctx: Any, per_point: Tensor, rows: Tensor, sizes: Tensor) -> Tensor:
+    def forward(ctx: Any, points: Tensor, rows: Tensor, sizes: Tensor) -> Tensor:
         starts = sizes.flatten().cumsum(0) - sizes.flatten()
-        flat = per_point.reshape(-1, per_point.shape[-1])
-        pooled, _, _, winners = torch.embedding_bag(flat, rows, starts, mode=_MAX_MODE)
-        ctx.save_for_backward(winners.view(*sizes.shape, -1), sizes)
-        ctx.input_shape = per_point.shape
+        pooled, _, _, winners = torch.embedding_bag(points, rows, starts, mode=_MAX_MODE)
+        if points.requires_grad:
+            ctx.save_for_backward(winners.view(*sizes.shape, -1), sizes)
+        ctx.num_points = len(points)
         return pooled.view(*sizes.shape, -1)
 
     @staticmethod
@@ -66,9 +66,8 @@ class _GroupedMax(torch.autograd.Function):
         has_winner = (sizes > 0)[..., None]
         winners = torch.where(has_winner, winners, 0)
         gradient = torch.where(has_winner, gradient, 0)
-        scattered = gradient.new_zeros(ctx.input_shape)
-        flat = scattered.view(-1, scattered.shape[-1])
+        scattered = gradient.new_zeros(ctx.num_points, gradient.shape[-1])
         # Group by group: within one no two clouds share a row, so the sum has one order on every device.
         for group in range(sizes.shape[1]):
-            flat.scatter_add_(0, winners[:, group], gradient[:, group])
+            scattered.scatter_add_(0, winners[:, group], gradient[:, group])
         return scattered, None, None
