@@ -1,13 +1,14 @@
 """Runs a test's function in several processes that form a gloo world on this machine.
 
-The processes stay for the next test, as importing torch takes longer than most tests do; each call makes a process
-group of its own. A call that fails or says nothing ends them.
+The processes stay a while for the next test, as importing torch takes longer than most tests do; each call makes a
+process group of its own. A call that fails or says nothing ends them.
 """
 
 import multiprocessing
 import os
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -16,14 +17,19 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_SECONDS = 90.0
+IDLE_SECONDS = 60.0  # then they go, and their memory with them
+REUSE_SECONDS = 40.0  # less, so that none is asked while it goes
 
 _ranks: dict[int, list["_Rank"]] = {}
+_last_used: dict[int, float] = {}
 
 
 def run_ranks(function: Callable[..., Any], *arguments: Any, world: int = 2) -> list[Any]:
     """What `function(*arguments)` returns on each rank; it must be importable: every rank is a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        ranks = _ranks.pop(world, None) or [_Rank(rank, world) for rank in range(world)]
+        ranks = _ranks.pop(world, [])
+        if not ranks or time.monotonic() - _last_used[world] > REUSE_SECONDS:
+            ranks = [_Rank(rank, world) for rank in range(world)]
         try:
             for rank in ranks:
                 rank.pipe.send((Path(folder), function, arguments))
@@ -33,7 +39,7 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, world: int = 2) -> 
                 rank.process.kill()
                 rank.process.join()
             raise
-        _ranks[world] = ranks
+        _ranks[world], _last_used[world] = ranks, time.monotonic()
         return results
 
 
@@ -70,6 +76,8 @@ def _serve(rank: int, world: int, pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     while True:
+        if not pipe.poll(IDLE_SECONDS):
+            return
         try:
             folder, function, arguments = pipe.recv()
         except EOFError:

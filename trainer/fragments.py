@@ -47,23 +47,19 @@ class Master:
 def masters(engine: Engine) -> list[Master]:
     """All that this rank holds, in an order that is the same in every run with the same layout."""
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    rank = engine.world.rank
     frozen: list[tuple[str, Any]] = [(name, weight) for weight, name in names.items() if not weight.requires_grad]
-    match engine.zero_stage:
-        case 0:
-            trained = [(name, weight) for weight, name in names.items() if weight.requires_grad]
-            return [_whole(name, parameter) for name, parameter in trained] + [
-                _whole(*each, frozen=True) for each in frozen
-            ]
-        case 1 | 2:
-            return list(_flat_partitions(engine.zero_optimizer, names)) + [
-                _whole(*each, frozen=True) for each in frozen
-            ]
-        case _:
-            rank = engine.world.rank
-            return list(_parameter_partitions(engine.zero_optimizer, names, rank)) + [
-                Master(parameter.ds_tensor, _own_piece(name, parameter, rank, 0), replicated=False, frozen=True)
-                for name, parameter in frozen
-            ]
+    if engine.zero_stage == 3:
+        partitions = list(_parameter_partitions(engine.zero_optimizer, names, rank))
+        return partitions + [
+            Master(weight.ds_tensor, _own_piece(name, weight, rank, 0), replicated=False, frozen=True)
+            for name, weight in frozen
+        ]
+    if engine.zero_stage == 0:
+        trained = [_whole(name, weight) for weight, name in names.items() if weight.requires_grad]
+    else:
+        trained = list(_flat_partitions(engine.zero_optimizer, names))
+    return trained + [_whole(name, weight, frozen=True) for name, weight in frozen]
 
 
 def tensors(engine: Engine, master: Master) -> dict[str, Tensor]:

@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def pretrain(config: "RunConfig", folder: "RunFolder", world: "World", stop: "threading.Event") -> None:
     """Trains the run in this folder to its end."""
+    import psutil
     import torch
 
     from datastore.layout import open_store
@@ -67,6 +68,7 @@ def pretrain(config: "RunConfig", folder: "RunFolder", world: "World", stop: "th
     from trainer.metrics import TimeAccount
 
     account = TimeAccount()
+    account.add_earlier({"startup": time.time() - psutil.Process().create_time()})  # the imports
     be_deterministic()
     split = split_batch(config.global_batch, world.size, config.engine.max_micro_batch)
     objective = build_objective(config, open_store(store_url(config)))

@@ -24,7 +24,7 @@ from trainer.checkpoint import (
     save,
     superseded,
 )
-from trainer.distributed import World
+from trainer.distributed import World, joined
 from trainer.engine import Engine, EngineConfig
 
 HALF, WHOLE = 5, 10
@@ -311,3 +311,21 @@ def test_retention_never_deletes_the_newest() -> None:
     assert superseded([1, 2, 3, 4], CheckpointConfig(keep_last=2)) == [1, 2]
     assert superseded([4, 1, 3, 2], CheckpointConfig(keep_last=1, keep_every=2)) == [1, 3]
     assert superseded([7], CheckpointConfig(keep_last=1)) == []
+
+
+def test_object_storage_holds_checkpoints_as_a_disk_does() -> None:
+    folder = ObjectFolder("memory://runs/one/checkpoints")
+    with joined(timeout_seconds=20) as world:
+        engine = toy_engine(config_of(1), world=world)
+        for step in (2, 4, 6):
+            train(engine, [step - 2, step - 1])
+            _save(engine, folder, step)
+            retain(folder, CheckpointConfig(keep_last=2))
+        expected = {name: value.clone() for name, value in engine.module.state_dict().items()}
+        train(engine, [6])
+        restored = restore(engine, folder, config_hash="abc")
+        found = engine.module.state_dict()
+        engine.close()
+    assert restored.position.step == 6 and committed_steps(folder) == [4, 6]
+    assert folder.names("step-00000002") == []
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
