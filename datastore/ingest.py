@@ -256,6 +256,7 @@ def _write_rows(
     ):
         while next_handed < len(rows):
             if stop.is_set():
+                ordered.finish()  # may complete a block
                 raise Stopped(
                     f"Stopped after {resumed + ordered.committed:,} of {total:,} shapes, which are safe in "
                     f"{writer.store.url}. The same command goes on from there."

@@ -195,7 +195,7 @@ def _describe_problems(problems: Sequence[str]) -> str:
         return "\nVerified: every checksum is right, and the fields agree with each other."
     lines = "\n".join(f"  {problem}" for problem in problems)
     mend = "Restore what is damaged from a copy, or ingest again into a new store."
-    return f"\n{len(problems)} problems:\n{lines}\n{mend}"
+    return f"\n{len(problems)} problem{'s' if len(problems) > 1 else ''}:\n{lines}\n{mend}"
 
 
 def _columns(rows: Sequence[tuple[str, ...]], *, right: bool = False) -> list[str]:

@@ -146,13 +146,14 @@ class _Worker:
 
 def _work_until_closed(connection: Connection, work: Callable[[Task], Result]) -> None:
     """The whole life of a worker process: it ends with the pipe, so it never outlives its parent."""
-    try:
-        connection.send(_Ready())
-        while True:
-            task: Task = connection.recv()
-            try:
-                connection.send(work(task))
-            except ViewpointError as error:
-                connection.send(error)
-    except (EOFError, ConnectionError):
-        return
+    with connection:  # closed before a traceback is printed, so that the time this takes is not the task's
+        try:
+            connection.send(_Ready())
+            while True:
+                task: Task = connection.recv()
+                try:
+                    connection.send(work(task))
+                except ViewpointError as error:
+                    connection.send(error)
+        except (EOFError, ConnectionError):
+            return

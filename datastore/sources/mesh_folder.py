@@ -85,7 +85,7 @@ class MeshFolder:
             scene = trimesh.load_scene(path, process=False)
             return _flattened(scene)
         except _READING_FAILS as error:
-            raise ShapeError(f"{path.name} cannot be read: {type(error).__name__}: {error}") from error
+            raise ShapeError(f"cannot be read as {path.suffix.lower()}: {type(error).__name__}: {error}") from error
 
 
 def _mesh_files(root: Path) -> Iterator[Path]:
