@@ -261,8 +261,8 @@ def _result_lines(records: "Mapping[str, Record]", *, is_student: bool) -> str:
         return "The protocols judge encoders of points; a teacher is judged by what its students learn."
     if not records:
         return (
-            "None was recorded when this card was written: `viewpoint evaluate RUN --protocol svm@heldout --data STORE` "
-            "records one, and `viewpoint export RUN DIR` then writes a new card."
+            "None was recorded before this card was written. `viewpoint evaluate RUN --protocol NAME --data STORE` "
+            "records one; `viewpoint export RUN DIR` then writes a new card."
         )
     lines = ["| protocol | weights | accuracy | test shapes | C |", "|---|---|---|---|---|"]
     for record in records.values():
