@@ -45,7 +45,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs lie (default: runs)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe, as `viewpoint launch --set`")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe, as `viewpoint launch --set`"
+    )
     parser.add_argument("--check", action="store_true", help="exit with 1 unless every target holds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the last line to a file")
     arguments = parser.parse_args()
@@ -61,9 +63,13 @@ def main() -> int:
 
     above_random = means["distilled"] - means["random weights"]
     above_off = [row["distilled"] - row["distillation off"] for row in table.values()]
-    print(f"\ndistilled above random weights: {above_random:+.1f} points (target: at least {TARGET_POINTS_ABOVE_RANDOM:.0f})")
+    print(
+        f"\ndistilled above random weights: {above_random:+.1f} points (target: at least {TARGET_POINTS_ABOVE_RANDOM:.0f})"
+    )
     spread = f" +- {statistics.stdev(above_off):.1f}" if len(above_off) > 1 else ""
-    print(f"distilled above distillation off, paired: {statistics.mean(above_off):+.1f}{spread} points (no target: whatever its sign)")
+    print(
+        f"distilled above distillation off, paired: {statistics.mean(above_off):+.1f}{spread} points (no target: whatever its sign)"
+    )
 
     ok = above_random >= TARGET_POINTS_ABOVE_RANDOM
     result: dict[str, Any] = {
@@ -73,7 +79,12 @@ def main() -> int:
         "versions": {package: version(package) for package in ("torch", "deepspeed", "timm", "scikit-learn")},
         "seeds": {str(seed): row for seed, row in table.items()},
         "targets": {
-            "points_above_random_weights": {"value": above_random, "target": TARGET_POINTS_ABOVE_RANDOM, "better": "higher", "ok": ok}
+            "points_above_random_weights": {
+                "value": above_random,
+                "target": TARGET_POINTS_ABOVE_RANDOM,
+                "better": "higher",
+                "ok": ok,
+            }
         },
     }
     line = json.dumps(result)

@@ -23,7 +23,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Self:
         """The same batch on another device; copies overlap with compute where the memory is pinned."""
-        moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in dataclasses.fields(self)}
+        moved = {
+            field.name: getattr(self, field.name).to(device, non_blocking=True) for field in dataclasses.fields(self)
+        }
         return type(self)(**moved)
 
     def __len__(self) -> int:

@@ -50,7 +50,9 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._show(force=True)
         if self._path is None and sys.stderr.isatty():
             print(file=sys.stderr)
@@ -66,8 +68,14 @@ class Progress:
         self._last_shown = now
         if self._path is not None:
             record = {
-                "time": time.time(), "stage": self.stage, "done": self.done, "total": self.total, "unit": self.unit,
-                "resumed": self.resumed, "rate": self.rate, "note": self._note,
+                "time": time.time(),
+                "stage": self.stage,
+                "done": self.done,
+                "total": self.total,
+                "unit": self.unit,
+                "resumed": self.resumed,
+                "rate": self.rate,
+                "note": self._note,
             }
             with self._path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -79,7 +87,9 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
 
-def progress_line(stage: str, done: int, total: int, unit: str, rate: float, note: Mapping[str, float | int | str]) -> str:
+def progress_line(
+    stage: str, done: int, total: int, unit: str, rate: float, note: Mapping[str, float | int | str]
+) -> str:
     """One line for people: how far, how fast, how long still, and the stage's own figures."""
     share = f"{100 * done / total:3.0f}%" if total else "  0%"
     parts = [f"{stage:<9} {share}  {done:,}/{total:,} {unit}"]

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 class Encoding:
     """What a point encoder says of a batch of clouds."""
 
-    per_point: Float[Tensor, "b m d"]  # before the global pooling; m = n, or the surviving points of a hierarchical encoder
+    per_point: Float[
+        Tensor, "b m d"
+    ]  # before the global pooling; m = n, or the surviving points of a hierarchical encoder
     pooled: Float[Tensor, "b e"]
     indices: Int64[Tensor, "b m"] | None = None  # which of the n points survive; None: all, in order
     penalty: Float[Tensor, ""] | None = None  # a regulariser that the method may add to its loss (PointNet's transform)

@@ -8,4 +8,4 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["models", "datastore.batch", "trainer.objectives", "trainer.augment"], "beartype.beartype")
+install_import_hook(["models", "trainer.objectives", "trainer.augment"], "beartype.beartype")

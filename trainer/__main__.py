@@ -35,7 +35,7 @@ class Stage(Protocol):
 
 def load_stage(name: str) -> Stage:
     """The module of a stage."""
-    module: Stage = importlib.import_module(STAGES[name])  # type: ignore[assignment]
+    module: Stage = importlib.import_module(STAGES[name])
     return module
 
 

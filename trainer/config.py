@@ -138,11 +138,18 @@ _NOT_PART_OF_THE_IDENTITY: Final = (
 def load_recipe(job: str, *, demo: bool, assignments: Sequence[str] = (), store_url: str | None = None) -> RunConfig:
     """The config of a known job or a recipe file, with `key=value` assignments applied."""
     path = recipe_path(job, demo=demo)
-    return read_config(path.read_text(), name=f"recipe {path}", default_job=path.stem, assignments=assignments, store_url=store_url)
+    return read_config(
+        path.read_text(), name=f"recipe {path}", default_job=path.stem, assignments=assignments, store_url=store_url
+    )
 
 
 def read_config(
-    text: str, *, name: str, default_job: str | None = None, assignments: Sequence[str] = (), store_url: str | None = None
+    text: str,
+    *,
+    name: str,
+    default_job: str | None = None,
+    assignments: Sequence[str] = (),
+    store_url: str | None = None,
 ) -> RunConfig:
     """A config from YAML text; `name` says in errors where the text came from."""
     try:
@@ -150,7 +157,9 @@ def read_config(
     except yaml.YAMLError as error:
         raise AskedWrongly(f"{name} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise AskedWrongly(f"{name} must be a mapping of sections such as 'objective' and 'engine', not {type(tree).__name__}.")
+        raise AskedWrongly(
+            f"{name} must be a mapping of sections such as 'objective' and 'engine', not {type(tree).__name__}."
+        )
     if default_job is not None:
         tree.setdefault("job", default_job)
     if store_url is not None:
@@ -166,7 +175,9 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not equals or not key.strip():
-            raise AskedWrongly(f"--set takes key=value, for example --set engine.optimizer.lr=0.01; got {assignment!r}.")
+            raise AskedWrongly(
+                f"--set takes key=value, for example --set engine.optimizer.lr=0.01; got {assignment!r}."
+            )
         try:
             parsed[key.strip()] = _yaml_scalar(value)
         except yaml.YAMLError as error:
@@ -234,7 +245,11 @@ def _walk(location: Sequence[str]) -> tuple[type[BaseModel] | None, list[str]]:
     keys: list[str] = []
     candidates: tuple[type[BaseModel], ...] = ()
     for position, part in enumerate(location):
-        tagged = next((option for option in candidates if option.model_fields["kind"].default == part), None) if candidates else None
+        tagged = (
+            next((option for option in candidates if option.model_fields["kind"].default == part), None)
+            if candidates
+            else None
+        )
         candidates = ()
         if tagged is not None:
             model = tagged

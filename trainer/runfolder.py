@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import fsspec
@@ -79,7 +79,9 @@ class RunFolder:
         """What this run trains; an error that says what to do where there is no run."""
         text = self.read_text("config.yaml")
         if text is None:
-            raise DoNotRetry(f"{self.url} is no run folder: it has no config.yaml. Start one with `viewpoint launch JOB --run {self.name}`.")
+            raise DoNotRetry(
+                f"{self.url} is no run folder: it has no config.yaml. Start one with `viewpoint launch JOB --run {self.name}`."
+            )
         return read_config(text, name=f"{self.url}/config.yaml")
 
     def append_event(self, kind: str, **facts: Any) -> None:
@@ -138,7 +140,7 @@ class RunFolder:
             self._filesystem.makedirs(str(path.parent), exist_ok=True)
             draft = f"{path}.{os.getpid()}.draft"
             self._filesystem.pipe_file(draft, text.encode())
-            os.replace(draft, path)
+            Path(draft).replace(path)
         else:
             self._filesystem.pipe_file(str(path), text.encode())
 

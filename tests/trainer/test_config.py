@@ -31,7 +31,9 @@ def test_every_demo_recipe_has_a_published_twin() -> None:
 
 
 def test_an_unknown_job_lists_the_known_ones_and_the_nearest() -> None:
-    with pytest.raises(AskedWrongly, match=r"Unknown job 'pointmdc'. Did you mean 'pointmcd'\? Known jobs: pointmcd, pointmcd_teacher"):
+    with pytest.raises(
+        AskedWrongly, match=r"Unknown job 'pointmdc'. Did you mean 'pointmcd'\? Known jobs: pointmcd, pointmcd_teacher"
+    ):
         recipe_path("pointmdc", demo=True)
 
 
@@ -47,7 +49,9 @@ def test_a_recipe_of_ones_own_is_read_from_its_path(tmp_path: Path) -> None:
 
 
 def test_assignments_replace_single_values() -> None:
-    config = load_recipe("pointmcd", demo=True, assignments=["engine.optimizer.lr=1e-3", "seed=7", "engine.zero_stage=3"])
+    config = load_recipe(
+        "pointmcd", demo=True, assignments=["engine.optimizer.lr=1e-3", "seed=7", "engine.zero_stage=3"]
+    )
     assert config.engine.optimizer.lr == 1e-3
     assert config.seed == 7
     assert config.engine.zero_stage == 3
@@ -83,7 +87,9 @@ def test_a_misspelt_key_in_a_recipe_names_the_file(tmp_path: Path) -> None:
     tree = yaml.safe_load(recipe_path("pointmcd", demo=True).read_text())
     tree["obective"] = tree.pop("objective")
     path.write_text(yaml.safe_dump(tree))
-    with pytest.raises(AskedWrongly, match=r"(?s)mine.yaml.*unknown key 'obective'. Did you mean 'objective'") as caught:
+    with pytest.raises(
+        AskedWrongly, match=r"(?s)mine.yaml.*unknown key 'obective'. Did you mean 'objective'"
+    ) as caught:
         load_recipe(str(path), demo=False)
     assert "'objective' is missing" in str(caught.value)
 
@@ -96,7 +102,12 @@ def test_text_that_is_no_recipe_is_refused(text: str) -> None:
 
 def test_the_hash_follows_what_is_learned_and_not_where_or_how_it_runs() -> None:
     base = load_recipe("pointmcd", demo=True).hash()
-    for same in ("engine.zero_stage=3", "engine.max_micro_batch=4", "metrics.port=9000", "data.store_url=s3://elsewhere/x.zarr"):
+    for same in (
+        "engine.zero_stage=3",
+        "engine.max_micro_batch=4",
+        "metrics.port=9000",
+        "data.store_url=s3://elsewhere/x.zarr",
+    ):
         assert load_recipe("pointmcd", demo=True, assignments=[same]).hash() == base, same
     for other in ("seed=1", "engine.optimizer.lr=0.5", "objective.alignment_weight=0", "global_batch=64", "epochs=3"):
         assert load_recipe("pointmcd", demo=True, assignments=[other]).hash() != base, other

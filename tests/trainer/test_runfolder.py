@@ -55,7 +55,7 @@ def test_two_writers_add_to_one_history(url: str) -> None:
 
 
 def test_a_missing_run_says_how_to_start_one(url: str) -> None:
-    with pytest.raises(DoNotRetry, match="no config.yaml. Start one with `viewpoint launch JOB --run a`"):
+    with pytest.raises(DoNotRetry, match=r"no config.yaml. Start one with `viewpoint launch JOB --run a`"):
         RunFolder(url).config()
 
 

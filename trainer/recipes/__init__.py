@@ -21,14 +21,18 @@ def recipe_path(job: str, *, demo: bool) -> Path:
     if job.endswith(_SUFFIXES) or "/" in job:
         path = Path(job).expanduser()
         if not path.is_file():
-            raise AskedWrongly(f"There is no recipe file {job!r}. Give the path of a YAML file, or one of the names: {_listing(demo)}.")
+            raise AskedWrongly(
+                f"There is no recipe file {job!r}. Give the path of a YAML file, or one of the names: {_listing(demo)}."
+            )
         return path
     known = known_jobs(demo=demo)
     if job in known:
         return (_FOLDER / "demo" if demo else _FOLDER) / f"{job}.yaml"
     nearest = difflib.get_close_matches(job, known, n=1)
     meant = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    raise AskedWrongly(f"Unknown job {job!r}.{meant} Known jobs: {_listing(demo)}. A path to a recipe of your own (*.yaml) works too.")
+    raise AskedWrongly(
+        f"Unknown job {job!r}.{meant} Known jobs: {_listing(demo)}. A path to a recipe of your own (*.yaml) works too."
+    )
 
 
 def _listing(demo: bool) -> str:
