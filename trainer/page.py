@@ -339,7 +339,9 @@ def _settings(runs: Sequence[RunFacts]) -> str:
         f"<details><summary>config.yaml of {escape(run.name)}</summary><pre>{escape(run.config_yaml)}</pre></details>"
         for run in runs
     )
-    return _section("Settings" if len(runs) == 1 else "Settings that differ", differences + texts)
+    if len(runs) == 1:
+        return _section("Settings", texts, kind="folded")  # folded, and so not printed
+    return _section("Settings that differ", differences + texts)
 
 
 def _facts(runs: Sequence[RunFacts], columns: Sequence[Mapping[str, str]]) -> str:
@@ -367,8 +369,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Seque
     return f'<div class="scroll"><table><thead><tr>{line(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>"
+def _section(title: str, body: str, *, kind: str = "") -> str:
+    return f'<section class="{kind}"><h2>{escape(title)}</h2>{body}</section>'
 
 
 def _support(runs: Sequence[RunFacts]) -> dict[str, int]:
