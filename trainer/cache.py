@@ -62,6 +62,9 @@ class ImageTeacher(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """Its weights."""
 
+    def to(self, device: str) -> Any:
+        """Moves them."""
+
 
 @dataclass(frozen=True)
 class CacheSummary:
@@ -424,40 +427,52 @@ def _refuse_overflow(features: np.ndarray, writer: "BlockWriter", first: int) ->
 @contextmanager
 def _describer(teacher: ImageTeacher, device: str) -> Iterator[DescribeViews]:
     """A function from views to features, one row a shape, that does not depend on what else is in the batch."""
+    if device == "cpu":
+        with _shape_by_shape(teacher) as describe_views:
+            yield describe_views
+    else:
+        yield _in_groups(teacher, device)
+
+
+@contextmanager
+def _shape_by_shape(teacher: ImageTeacher) -> Iterator[DescribeViews]:
+    """Each shape on one thread, as many shapes at a time as torch may use threads."""
     import torch
 
-    if device != "cpu":
-        module = teacher.to(device)  # type: ignore[attr-defined]
-
-        def on_gpu(views: np.ndarray) -> np.ndarray:
-            with torch.inference_mode():
-                parts = []
-                for first in range(0, len(views), _GPU_SHAPES):
-                    group = torch.from_numpy(views[first : first + _GPU_SHAPES]).to(device, non_blocking=True)
-                    missing = _GPU_SHAPES - len(group)
-                    if missing:  # the store's last rows: the same shapes of tensors, so the same kernels
-                        group = torch.cat([group, group.new_zeros((missing, *group.shape[1:]))])
-                    parts.append(module.describe(group)[: _GPU_SHAPES - missing].half())
-                result: np.ndarray = torch.cat(parts).cpu().numpy()
-                return result
-
-        yield on_gpu
-        return
+    def describe_one(views: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            features: np.ndarray = teacher.describe(torch.from_numpy(views[None]))[0].half().numpy()
+        return features
 
     threads = torch.get_num_threads()
-
-    def one_shape(views: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            described: np.ndarray = teacher.describe(torch.from_numpy(views[None]))[0].half().numpy()
-            return described
-
     torch.set_num_threads(1)
     try:
         # torch counts threads by the thread that asks, so each worker says it again
         with ThreadPoolExecutor(threads, "cache-describe", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield lambda views: np.stack(list(pool.map(one_shape, views)))
+            yield lambda views: np.stack(list(pool.map(describe_one, views)))
     finally:
         torch.set_num_threads(threads)
+
+
+def _in_groups(teacher: ImageTeacher, device: str) -> DescribeViews:
+    """So many shapes at a time, and never fewer: tensors of one size, so that the same kernels compute every shape."""
+    import torch
+
+    teacher.to(device)
+
+    def describe_groups(views: np.ndarray) -> np.ndarray:
+        parts = []
+        for first in range(0, len(views), _GPU_SHAPES):
+            group = torch.from_numpy(views[first : first + _GPU_SHAPES]).to(device, non_blocking=True)
+            missing = _GPU_SHAPES - len(group)
+            if missing:  # at the end of the store
+                group = torch.cat([group, group.new_zeros((missing, *group.shape[1:]))])
+            with torch.inference_mode():
+                parts.append(teacher.describe(group)[: _GPU_SHAPES - missing].half())
+        features: np.ndarray = torch.cat(parts).cpu().numpy()
+        return features
+
+    return describe_groups
 
 
 def _has_gpu() -> bool:

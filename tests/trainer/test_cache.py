@@ -1,6 +1,7 @@
 """What a teacher says must depend on its weights and on one shape alone, and survive being stopped anywhere."""
 
 import argparse
+import copy
 import json
 import threading
 from collections import namedtuple
@@ -80,6 +81,20 @@ def test_features_do_not_depend_on_batches_threads_or_workers(
     finally:
         torch.set_num_threads(before)
     np.testing.assert_array_equal(features_of(one, key), features_of(many, key))
+
+
+@pytest.mark.parametrize("device", ["cpu:0", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def test_groups_as_a_gpu_takes_them_give_the_same_features(
+    tmp_path: Path, teacher: MultiViewClassifier, device: str
+) -> None:
+    alone, grouped, again = (make_store(tmp_path / f"{name}.zarr") for name in ("alone", "grouped", "again"))
+    key = cache(alone, teacher, "teacher").teacher
+    on_device = copy.deepcopy(teacher)
+    cache(grouped, on_device, "teacher", device=device, batch=64)
+    for rank in (1, 0):
+        cache(again, on_device, "teacher", device=device, batch=1, part=(rank, 2))
+    np.testing.assert_allclose(features_of(grouped, key), features_of(alone, key), rtol=2**-9, atol=1e-4)
+    np.testing.assert_array_equal(features_of(grouped, key), features_of(again, key))
 
 
 def test_stopped_between_blocks_and_resumed_equals_undisturbed(
