@@ -17,16 +17,22 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from torch.distributed import DistError, Store  # type: ignore[attr-defined]
 from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
-from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousParameters, registry
+from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
+    RendezvousError,
+    RendezvousParameters,
+    registry,
+)
 
 from datastore.errors import (
     EXIT_ASKED_WRONGLY,
@@ -295,16 +301,22 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main() -> NoReturn:
-    """Runs the agent and exits with its code."""
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs one agent and returns its exit code; every failure is in the log by then."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        code = run(parser().parse_args())
+        code = run(parser().parse_args(words))
     except ViewpointError as error:
         print(f"viewpoint: {error}", file=sys.stderr)
         code = error.exit_code
-    sys.exit(code)
+    except (DistError, RendezvousError, OSError):
+        traceback.print_exc()
+        code = EXIT_FAILED
+    logging.shutdown()
+    sys.stderr.flush()
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    # without the interpreter's farewell: torch's heartbeat thread may be in a call then, which aborts the process
+    os._exit(main())

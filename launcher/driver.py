@@ -4,7 +4,7 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +15,7 @@ from datastore.errors import EXIT_DONE, EXIT_STOPPED, AskedWrongly, MissingField
 from launcher.command import Command, Machine, node_command, process_command, worker_words
 from launcher.facts import FEATURES_CACHED, find_features, find_store, observe
 from launcher.local import Outcome, run_nodes, run_process, this_machine
+from launcher.nursery import Nursery
 from launcher.plan import Goal, Step, corpus_folder, plan, teacher_folder
 from launcher.presence import Presence
 from launcher.readings import ProgressReader
@@ -109,6 +110,7 @@ class _Launch:
         self._goal, self._spec, self._screen, self._command = goal, spec, screen, command
         self._run = RunFolder(goal.run_url, writer="launcher")
         self._machine = this_machine()
+        self._nursery = Nursery()
 
     def run(self) -> int:
         """The exit code of the launch."""
@@ -124,7 +126,10 @@ class _Launch:
                 "launch_started", command=self._command, nodes=self._spec.layout.nodes, world=self._spec.layout.world,
                 cores=self._machine.cores, gpus=self._machine.gpus,
             )  # fmt: skip
-            store = held.enter_context(RendezvousStore(self._spec.rendezvous_port)) if _needs_nodes(steps) else None
+            store: RendezvousStore | None = None
+            if any(step.on_nodes and not step.done for step in steps):
+                store = held.enter_context(RendezvousStore(self._spec.rendezvous_port))
+                held.enter_context(self._nursery).warm_up()
             for step in steps:
                 if step.done:
                     self._screen.end(step.title, "reused: complete already")
@@ -161,7 +166,7 @@ class _Launch:
                 outcome = run_nodes(
                     worker_words(step.words), layout=self._spec.layout, job=step.name, endpoint=store.endpoint,
                     logs=logs, progress=progress, machine=self._machine, stop=stop, watch=watch,
-                    on_event=self._listener(run),
+                    on_event=self._listener(run), start_agent=self._nursery.start,
                 )  # fmt: skip
             else:
                 command = process_command(worker_words(step.words), self._machine, progress)
@@ -314,10 +319,6 @@ def _refuse_missing_features(goal: Goal) -> None:
             else ""
         )
         raise MissingField(f"{error}{offer}") from error
-
-
-def _needs_nodes(steps: Iterable[Step]) -> bool:
-    return any(step.on_nodes and not step.done for step in steps)
 
 
 def _ending(code: int) -> str:

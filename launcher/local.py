@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import psutil
 
@@ -23,6 +23,9 @@ PATIENCE_SECONDS: Final = 30.0  # for processes that are told to end because ano
 EventListener = Callable[..., Any]
 """Called with the kind of an event and its facts."""
 
+Starter = Callable[[Command, Path], "Process"]
+"""Starts a command whose output goes to the end of a file."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -33,21 +36,28 @@ class Outcome:
     log: Path | None = None  # where the culprit says why
 
 
-class Child:
-    """One process of a session of its own, whose output goes to a file. It ends when the launcher dies."""
+class Process(Protocol):
+    """Something that was started, runs in a session of its own, and ends when the launcher dies."""
 
-    def __init__(self, name: str, command: Command, log: Path) -> None:
-        self.name, self.command, self.log = name, command, log
-        self.replacements = 0
-        self._process: subprocess.Popen[bytes] | None = None
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; negative after a signal."""
 
-    def start(self) -> None:
-        """Starts it, for the first time or again."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as output:
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal, unless it has ended."""
+
+    def wait(self) -> None:
+        """Returns when it has ended."""
+
+
+class Spawned:
+    """A process like any other."""
+
+    def __init__(self, command: Command, log: Path) -> None:
+        with log.open("ab") as output:
             self._process = subprocess.Popen(
-                tethered(self.command.words, signal.SIGTERM),
-                env=os.environ | dict(self.command.environment),
+                tethered(command.words, signal.SIGTERM),
+                env=os.environ | dict(command.environment),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -57,17 +67,46 @@ class Child:
     @property
     def exit_code(self) -> int | None:
         """None while it runs; negative after a signal."""
-        assert self._process is not None
         return self._process.poll()
 
     def send(self, number: signal.Signals) -> None:
-        """Sends a signal to the process; to all of its session where it kills."""
-        if self._process is None or self._process.poll() is not None:
+        """Sends a signal to the process; to all of its session where it kills, since pools of workers are in it."""
+        if self._process.poll() is not None:
             return
         if number is signal.SIGKILL:
             os.killpg(self._process.pid, number)
         else:
             self._process.send_signal(number)
+
+    def wait(self) -> None:
+        """Returns when it has ended."""
+        self._process.wait()
+
+
+class Child:
+    """One place in a job: a process, its output in a file, and the process that replaces it when it is killed."""
+
+    def __init__(self, name: str, command: Command, log: Path, start: Starter = Spawned) -> None:
+        self.name, self.command, self.log = name, command, log
+        self.replacements = 0
+        self._start = start
+        self._process: Process | None = None
+
+    def start(self) -> None:
+        """Starts it, for the first time or again."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._process = self._start(self.command, self.log)
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; negative after a signal."""
+        assert self._process is not None
+        return self._process.exit_code
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal, unless it has ended or was not started."""
+        if self._process is not None:
+            self._process.send(number)
 
     def wait(self) -> None:
         """Returns when it has ended."""
@@ -93,6 +132,7 @@ def run_nodes(
     progress: Path,
     machine: Machine,
     stop: StopRequest,
+    start_agent: Starter = Spawned,
     watch: Callable[[], None] = lambda: None,
     on_event: EventListener = lambda kind, **facts: None,
 ) -> Outcome:
@@ -112,6 +152,7 @@ def run_nodes(
                 progress=progress,
             ),
             folder / "agent.log",
+            start_agent,
         )
         for node, folder in enumerate(folders)
     ]
@@ -127,7 +168,12 @@ def run_nodes(
         watch()
 
     outcome = run_together(
-        children, stop=stop, watch=watch_nodes, on_event=on_event, max_replacements=layout.max_restarts
+        children,
+        stop=stop,
+        watch=watch_nodes,
+        on_event=on_event,
+        max_replacements=layout.max_restarts,
+        one_world=True,
     )
     watch_nodes()
     return _with_log(outcome, children, ended)
@@ -154,10 +200,12 @@ def run_together(
     watch: Callable[[], None] = lambda: None,
     on_event: EventListener = lambda kind, **facts: None,
     max_replacements: int = 0,
+    one_world: bool = False,
 ) -> Outcome:
     """Runs the processes until all have ended or one has failed for good; the others are stopped then.
 
     A process that was killed is replaced up to `max_replacements` times. `watch` is called about ten times a second.
+    `one_world`: the processes leave together, so that the first success means that all have done their work.
     """
     running = list(children)
     told = Urgency.GO_ON
@@ -167,6 +215,9 @@ def run_together(
         while running:
             watch()
             told = _pass_on(stop.urgency, told, running)
+            if one_world and told is Urgency.GO_ON and any(child.exit_code == EXIT_DONE for child in children):
+                _wait(running, watch)
+                return Outcome(EXIT_DONE)
             for child in list(running):
                 code = child.exit_code
                 if code is None:
@@ -205,11 +256,15 @@ def _end(running: Sequence[Child], watch: Callable[[], None]) -> list[Child]:
     """Ends processes that have nothing left to do since another one failed; returns those that ended by themselves."""
     for child in running:
         child.send(signal.SIGTERM)
+    _wait(running, watch)
+    return [child for child in running if child.exit_code is not None]
+
+
+def _wait(running: Sequence[Child], watch: Callable[[], None]) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while any(child.exit_code is None for child in running) and time.monotonic() < deadline:
         watch()
         time.sleep(POLL_SECONDS)
-    return [child for child in running if child.exit_code is not None]
 
 
 def _judge(first: Child, code: int, others: Sequence[Child]) -> Outcome:

@@ -10,6 +10,7 @@ from datastore.errors import EXIT_DONE, EXIT_STOPPED
 from launcher.command import Layout, worker_words
 from launcher.driver import describe_event
 from launcher.local import run_nodes, this_machine
+from launcher.nursery import Nursery
 from launcher.readings import ProgressReader
 from launcher.rendezvous import RendezvousStore
 from launcher.stop import StopRequest
@@ -22,7 +23,7 @@ def run_stage_on_nodes(stage: str, words: Sequence[str], nodes: int, procs_per_n
     folder = Path(logs) / f"{stage}-{time.strftime('%Y%m%d-%H%M%S')}"
     progress = folder / "progress"
     reader = ProgressReader(progress)
-    with open_screen() as screen, StopRequest() as stop, RendezvousStore() as store:
+    with open_screen() as screen, StopRequest() as stop, RendezvousStore() as store, Nursery() as nursery:
         screen.say(f"viewpoint: {stage} on {nodes} nodes; logs in {folder}")
         screen.begin(stage)
         started = time.monotonic()
@@ -47,6 +48,7 @@ def run_stage_on_nodes(stage: str, words: Sequence[str], nodes: int, procs_per_n
             stop=stop,
             watch=lambda: screen.show(reader.read()),
             on_event=on_event,
+            start_agent=nursery.start,
         )
         if outcome.exit_code == EXIT_DONE:
             screen.end(stage, describe_end(reader.read(), time.monotonic() - started))

@@ -22,13 +22,18 @@ def tethered(command: Sequence[str], death_signal: signal.Signals) -> list[str]:
     return [sys.executable, "-I", "-S", str(Path(__file__)), str(os.getpid()), death_signal.name, *command]
 
 
+def end_with(parent: int, death_signal: signal.Signals) -> None:
+    """Makes the kernel send this process a signal when the process that started it dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(death_signal))
+        if os.getppid() != parent:  # it died before the promise was made
+            sys.exit(f"tether: the parent {parent} is gone already")
+
+
 def main() -> None:
     """Becomes the command; it never returns."""
     parent, signal_name, *command = sys.argv[1:]
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.Signals[signal_name]))
-        if os.getppid() != int(parent):  # it died before the promise was made
-            sys.exit(f"tether: the parent {parent} is gone already")
+    end_with(int(parent), signal.Signals[signal_name])
     os.execvp(command[0], command)
 
 

@@ -8,6 +8,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import pytest
 
 from datastore.errors import EXIT_DO_NOT_RETRY, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from launcher.command import Command, Layout, Machine
-from launcher.local import Child, Outcome, run_nodes, run_process, run_together
+from launcher.local import Child, Outcome, Spawned, Starter, run_nodes, run_process, run_together
+from launcher.nursery import Nursery
 from launcher.rendezvous import RendezvousStore
 from launcher.stop import StopRequest
 
@@ -33,20 +35,50 @@ PATIENT_WORKER = """
 """
 
 
+LAUNCHER = """
+    import sys
+    from pathlib import Path
+    from launcher.command import Layout, Machine
+    from launcher.local import run_nodes
+    from launcher.nursery import Nursery
+    from launcher.rendezvous import RendezvousStore
+    from launcher.stop import StopRequest
+
+    here = Path(sys.argv[1])
+    worker = (sys.executable, str(here / "worker.py"), str(here))
+    with RendezvousStore() as store, StopRequest() as stop, Nursery() as nursery:
+        run_nodes(worker, layout=Layout(2), job="test", endpoint=store.endpoint, logs=here / "logs", machine=Machine(2),
+                  progress=here / "progress", stop=stop, start_agent=nursery.start)
+"""
+
+
 @pytest.fixture
 def store() -> Iterator[RendezvousStore]:
     with RendezvousStore() as store:
         yield store
 
 
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    with Nursery() as nursery:
+        yield nursery
+
+
 class Job:
     """Nodes that run one script, and everything that was heard of them."""
 
     def __init__(
-        self, folder: Path, store: RendezvousStore, script: str, *, nodes: int = 2, max_restarts: int = 2
+        self,
+        folder: Path,
+        store: RendezvousStore,
+        script: str,
+        *,
+        start_agent: Starter = Spawned,
+        nodes: int = 2,
+        max_restarts: int = 2,
     ) -> None:
         self.folder, self.events = folder, list[dict[str, Any]]()
-        self._store = store
+        self._store, self._start_agent = store, start_agent
         self._layout = Layout(nodes=nodes, max_restarts=max_restarts)
         self._script = folder / "worker.py"
         self._script.write_text(textwrap.dedent(script))
@@ -63,6 +95,7 @@ class Job:
                 progress=self.folder / "progress",
                 machine=Machine(cores=2),
                 stop=stop,
+                start_agent=self._start_agent,
                 watch=lambda: meanwhile(self),
                 on_event=lambda kind, **facts: self.events.append({"event": kind, **facts}),
             )
@@ -75,6 +108,12 @@ class Job:
 
     def pid(self, rank: int) -> int:
         return int((self.folder / f"pid-{rank}").read_text())
+
+
+@pytest.fixture
+def job_of(tmp_path: Path, store: RendezvousStore, nursery: Nursery) -> Callable[..., Job]:
+    """A job whose agents are forked, as a launch does it."""
+    return partial(Job, tmp_path, store, start_agent=nursery.start)
 
 
 def once(condition: Callable[[Job], bool], act: Callable[[Job], None]) -> Callable[[Job], None]:
@@ -111,21 +150,21 @@ def test_workers_of_two_nodes_form_one_world_and_their_output_lies_with_their_no
     ]
 
 
-def test_an_error_that_no_retry_mends_ends_all_nodes_at_once(tmp_path: Path, store: RendezvousStore) -> None:
+def test_an_error_that_no_retry_mends_ends_all_nodes_at_once(tmp_path: Path, job_of: Callable[..., Job]) -> None:
     script = """
         import os, sys, time
         if os.environ["RANK"] == "1":
             sys.exit(64)
         time.sleep(600)
     """
-    job = Job(tmp_path, store, script)
+    job = job_of(script)
     outcome = job.run()
     assert outcome.exit_code == EXIT_DO_NOT_RETRY
     assert len(job.of_kind("workers_started")) == 2, "nothing was restarted"
     assert outcome.culprit == f"node {job.of_kind('workers_ended')[0]['node']}"
 
 
-def test_a_killed_worker_is_restarted_with_the_whole_world(tmp_path: Path, store: RendezvousStore) -> None:
+def test_a_killed_worker_is_restarted_with_the_whole_world(tmp_path: Path, job_of: Callable[..., Job]) -> None:
     script = """
         import os, pathlib, sys, time
         rank, folder = os.environ["RANK"], pathlib.Path(sys.argv[1])
@@ -135,15 +174,16 @@ def test_a_killed_worker_is_restarted_with_the_whole_world(tmp_path: Path, store
             sys.exit(0)
         time.sleep(600)
     """
-    job = Job(tmp_path, store, script)
+    job = job_of(script)
     outcome = job.run(once(Job.all_run, lambda job: os.kill(job.pid(1), signal.SIGKILL)))
     assert outcome == Outcome(EXIT_DONE)
     assert [sorted(event["exit_codes"].values()) for event in job.of_kind("workers_ended")] == [[-9]]
     assert [event["world"] for event in job.of_kind("workers_started")] == [2, 2, 2, 2]
 
 
-@pytest.mark.slow
-def test_a_node_whose_workers_are_done_joins_one_that_must_start_again(tmp_path: Path, store: RendezvousStore) -> None:
+def test_a_node_whose_workers_are_done_joins_one_that_must_start_again(
+    tmp_path: Path, job_of: Callable[..., Job]
+) -> None:
     script = """
         import os, pathlib, sys, time
         tries = pathlib.Path(sys.argv[1]) / "tries"
@@ -152,34 +192,36 @@ def test_a_node_whose_workers_are_done_joins_one_that_must_start_again(tmp_path:
             tries.write_text((tries.read_text() if tries.exists() else "") + "x")
             sys.exit(tries.read_text() == "x")
     """
-    job = Job(tmp_path, store, script)
+    job = job_of(script)
     assert job.run() == Outcome(EXIT_DONE)
     assert (tmp_path / "tries").read_text() == "xx"
 
 
 def test_workers_that_keep_failing_end_the_job_and_the_log_that_says_why_is_named(
-    tmp_path: Path, store: RendezvousStore
+    tmp_path: Path, job_of: Callable[..., Job]
 ) -> None:
     script = """
         raise RuntimeError("the reason")
     """
-    outcome = Job(tmp_path, store, script, nodes=1, max_restarts=0).run()
+    outcome = job_of(script, nodes=1, max_restarts=0).run()
     assert outcome.exit_code == EXIT_FAILED
     assert outcome.log is not None
     assert "the reason" in outcome.log.read_text()
 
 
-def test_a_stop_signal_reaches_every_worker_which_saves_before_it_ends(tmp_path: Path, store: RendezvousStore) -> None:
-    job = Job(tmp_path, store, PATIENT_WORKER)
+def test_a_stop_signal_reaches_every_worker_which_saves_before_it_ends(
+    tmp_path: Path, job_of: Callable[..., Job]
+) -> None:
+    job = job_of(PATIENT_WORKER)
     outcome = job.run(once(Job.all_run, lambda job: os.kill(os.getpid(), signal.SIGTERM)))
     assert outcome == Outcome(EXIT_STOPPED)
     assert (tmp_path / "saved-0").exists()
     assert (tmp_path / "saved-1").exists()
 
 
-def test_the_second_interrupt_kills(tmp_path: Path, store: RendezvousStore) -> None:
+def test_the_second_interrupt_kills(tmp_path: Path, job_of: Callable[..., Job]) -> None:
     script = PATIENT_WORKER.replace("while not stopped", "while True")
-    job = Job(tmp_path, store, script, nodes=1)
+    job = job_of(script, nodes=1)
 
     def interrupt_twice(job: Job) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -191,8 +233,7 @@ def test_the_second_interrupt_kills(tmp_path: Path, store: RendezvousStore) -> N
     assert not is_running(job.pid(0))
 
 
-@pytest.mark.slow
-def test_a_killed_node_is_replaced_and_takes_its_worker_with_it(tmp_path: Path, store: RendezvousStore) -> None:
+def test_a_killed_node_is_replaced_and_takes_its_worker_with_it(tmp_path: Path, job_of: Callable[..., Job]) -> None:
     script = """
         import os, pathlib, sys, time
         rank, folder = os.environ["RANK"], pathlib.Path(sys.argv[1])
@@ -203,7 +244,7 @@ def test_a_killed_node_is_replaced_and_takes_its_worker_with_it(tmp_path: Path, 
             time.sleep(0.05)
         sys.exit(1)  # what a worker does that loses its connection
     """
-    job = Job(tmp_path, store, script)
+    job = job_of(script)
     pids: list[int] = []
 
     def kill_agent(job: Job) -> None:
@@ -222,28 +263,16 @@ def test_a_killed_node_is_replaced_and_takes_its_worker_with_it(tmp_path: Path, 
 
 def test_a_killed_launcher_leaves_no_process_and_its_workers_save(tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(textwrap.dedent(PATIENT_WORKER))
-    launcher = textwrap.dedent(f"""
-        import sys
-        from pathlib import Path
-        from launcher.command import Layout, Machine
-        from launcher.local import run_nodes
-        from launcher.rendezvous import RendezvousStore
-        from launcher.stop import StopRequest
-        here = Path({str(tmp_path)!r})
-        with RendezvousStore() as store, StopRequest() as stop:
-            run_nodes((sys.executable, str(here / "worker.py"), str(here)), layout=Layout(2), job="test",
-                      endpoint=store.endpoint, logs=here / "logs", progress=here / "progress",
-                      machine=Machine(2), stop=stop)
-    """)
-    process = subprocess.Popen([sys.executable, "-c", launcher])
-    deadline = time.monotonic() + 60
-    while not all((tmp_path / f"pid-{rank}").exists() for rank in (0, 1)):
-        assert time.monotonic() < deadline, "workers did not start"
-        time.sleep(0.1)
-    family = psutil.Process(process.pid).children(recursive=True)
-    assert len(family) == 4
-    process.kill()
-    process.wait()
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(LAUNCHER), str(tmp_path)]) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not all((tmp_path / f"pid-{rank}").exists() for rank in (0, 1)):
+                assert time.monotonic() < deadline, "workers did not start"
+                time.sleep(0.1)
+            family = psutil.Process(process.pid).children(recursive=True)
+        finally:
+            process.kill()
+    assert len(family) == 5, "a nursery, two agents, two workers"
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
     assert (tmp_path / "saved-0").exists()
