@@ -241,7 +241,7 @@ def _write_rows(
 ) -> None:
     """Makes the given rows of the given blocks, both in order, and commits block by block."""
     shapes = maker.source.listing.shapes
-    num_workers = min(num_workers or os.cpu_count() or 1, len(rows))
+    num_workers = min(num_workers or _num_cores(), len(rows))
     total = resumed + len(rows)
     row_bytes = sum(array.nbytes for array in maker.empty_row(shapes[rows[0]]).values())
     most_waiting = max(2 * num_workers, _MEMORY_BUDGET_BYTES // row_bytes)
@@ -335,6 +335,11 @@ class _OrderedWriter:
             self._open.commit([entry for entry in self._quarantine if first <= entry.row < end])
             self._open = None
             self.committed += end - first
+
+
+def _num_cores() -> int:
+    """Cores that this process may use, which a container or a queue may have made fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _refuse_quarantine(source: Source, store: Store, strict: bool) -> None:

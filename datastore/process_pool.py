@@ -1,8 +1,10 @@
 """Work in processes of its own: a task that crashes, runs out of memory or never ends costs one result, not the run."""
 
+import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -11,11 +13,12 @@ from types import TracebackType
 from typing import Final, Generic, Self, TypeVar
 
 from datastore.errors import ViewpointError
+from datastore.stopping import STOP_SIGNALS
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-_STOP_SIGNALS: Final = {signal.SIGINT, signal.SIGTERM}
+_NUM_THREADS: Final = "OMP_NUM_THREADS"
 
 
 class _Ready:
@@ -99,13 +102,8 @@ class _Worker:
         context = get_context("spawn")  # a fork would copy locks that threads of this process hold at that moment
         self.connection, theirs = context.Pipe()
         self.process: SpawnProcess = context.Process(target=_work_until_closed, args=(theirs, work), daemon=True)
-        # A signal for the whole group, as Ctrl-C sends it, is for this process to act on. Were it to end a worker
-        # first, a good shape would pass for one that kills its process. The mask is inherited: no moment is without it.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-        try:
+        with _as_workers_need_it():
             self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # else the end of the process would not show as the end of the pipe
         self.key: int | None = None
         self.is_ready = False
@@ -142,6 +140,24 @@ class _Worker:
         self.process.kill()
         self.process.join()
         self.connection.close()
+
+
+@contextmanager
+def _as_workers_need_it() -> Iterator[None]:
+    """What a process started in here inherits: stop signals blocked, and one thread in each numerical library."""
+    # A signal for the whole group, as Ctrl-C sends it, is for the parent to act on. Were it to end a worker first, a good
+    # task would pass for one that kills its process. An inherited mask leaves no moment without it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threads = os.environ.get(_NUM_THREADS)
+    os.environ[_NUM_THREADS] = "1"
+    try:
+        yield
+    finally:
+        if threads is None:
+            del os.environ[_NUM_THREADS]
+        else:
+            os.environ[_NUM_THREADS] = threads
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _work_until_closed(connection: Connection, work: Callable[[Task], Result]) -> None:

@@ -76,15 +76,18 @@ def fail_to_load() -> None:
     raise RuntimeError("unpicklable on purpose")
 
 
-def signal_own_group(path: str) -> str:
-    """In a worker: what Ctrl-C does to it, and whether it lives."""
+def survive(_: str) -> str:
+    """In a worker: what Ctrl-C and a polite kill do to it, and how many threads it may use."""
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGTERM)
-    return "alive"
+    return f"alive with {os.environ['OMP_NUM_THREADS']} thread"
 
 
-def test_signals_for_the_whole_group_leave_the_workers_to_their_parent() -> None:
-    assert results_of([""], num_workers=1, work=signal_own_group) == {0: "alive"}
+def test_signals_for_the_whole_group_leave_the_workers_to_their_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert results_of([""], num_workers=1, work=survive) == {0: "alive with 1 thread"}
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGINT, signal.SIGTERM}
 
 
 def name_process(_: str) -> str:
