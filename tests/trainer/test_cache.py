@@ -3,7 +3,11 @@
 import argparse
 import copy
 import json
+import os
+import subprocess
+import sys
 import threading
+import time
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from datastore.errors import AskedWrongly, DoNotRetry, MissingField, Stopped, StoreError
+from datastore.errors import EXIT_STOPPED, AskedWrongly, DoNotRetry, MissingField, Stopped, StoreError
 from datastore.layout import Store, open_store
 from datastore.write import verify
 from models.exported import save_exported
@@ -319,3 +323,37 @@ def test_a_store_without_views_is_refused_with_the_way_out(tmp_path: Path, teach
     store = make_store(tmp_path / "store.zarr", fields=("points", "split", "id"))
     with pytest.raises(MissingField, match=r"no field 'views'.*viewpoint ingest"):
         cache(store, teacher, "teacher")
+
+
+@pytest.mark.slow
+def test_killed_and_stopped_as_processes_are_it_equals_an_undisturbed_run(tmp_path: Path) -> None:
+    def start(url: str) -> subprocess.Popen[str]:
+        words = ("cache", url, "--teacher", "test_resnet", "--random-weights", "--image-size", "96", "--json")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [sys.executable, "-m", "trainer", *words], stdout=subprocess.PIPE, env=environment, text=True
+        )
+
+    def wait_for_commits(url: str, count: int, process: subprocess.Popen[str]) -> None:
+        deadline = time.monotonic() + 120
+        while len(list(Path(url).glob("_viewpoint/commits/teachers/*/*.json"))) < count:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+
+    urls = [str(tmp_path / f"{name}.zarr") for name in ("disturbed", "undisturbed")]
+    for url in urls:
+        write_small_store(url, small_attributes(num_rows=160, block_rows=16), ("views", "split", "id"))
+    with start(urls[0]) as killed:
+        wait_for_commits(urls[0], 2, killed)
+        killed.kill()
+    with start(urls[0]) as stopped:
+        wait_for_commits(urls[0], 4, stopped)
+        stopped.terminate()
+    assert stopped.returncode == EXIT_STOPPED
+    with start(urls[0]) as finished, start(urls[1]) as undisturbed:
+        summaries = [json.loads(process.communicate()[0]) for process in (finished, undisturbed)]
+    assert 0 < summaries[0]["rows"] < summaries[1]["rows"] == 160
+    stores = [open_store(url) for url in urls]
+    path = FIELD.format(key=summaries[0]["teacher"])
+    np.testing.assert_array_equal(*(store.read(path, range(160)) for store in stores))
+    assert verify(stores[0]) == []
