@@ -70,7 +70,7 @@ class RunFacts:
     checks: tuple[Check, ...] = ()
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
     contact_sheet: bytes | None = None  # a PNG
-    next_command: str = ""  # what to run for the part that is missing
+    next_command: str = ""  # which evaluates the run; none for networks that no protocol judges
 
 
 _PAGE: Final = """\
@@ -113,8 +113,10 @@ def render(runs: Sequence[RunFacts], *, made: str) -> str:
 def _headline(run: RunFacts) -> tuple[str, str]:
     """The one number that matters, as a sentence, and (as HTML) what it is to be held against."""
     if not run.outcomes:
-        hint = f" Score it with <code>{escape(run.next_command)}</code>." if run.next_command else ""
-        return f"{run.job}: not evaluated yet", f"No evaluation is recorded for this run.{hint}"
+        if not run.next_command:
+            return f"{run.job}: {run.ran['state']}", "An image network is not evaluated by itself, but by its students."
+        hint = f"Score it with <code>{escape(run.next_command)}</code>."
+        return f"{run.job}: not evaluated yet", f"No evaluation is recorded for this run. {hint}"
     own, *others = run.outcomes
     headline = f"{own.label[:1].upper()}{own.label[1:]} features classify {percent(own.accuracy)} of unseen shapes"
     differences = [

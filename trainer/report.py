@@ -76,6 +76,7 @@ def read_run(folder: "RunFolder") -> "RunFacts":
     job = str(settings.get("job", "run"))
     is_demo = str(settings.get("prepare.corpus.source", "")).startswith("demo://")
     store_url = settings.get("data.store_url")
+    evaluate = f"viewpoint evaluate {folder.url} --protocol svm@heldout --data {store_url or 'STORE'}"
     return RunFacts(
         name=folder.name,
         job=job,
@@ -94,7 +95,7 @@ def read_run(folder: "RunFolder") -> "RunFacts":
         checks=_checks(record),
         stage_seconds={event["title"]: event["seconds"] for event in events if event["event"] == "step_finished"},
         contact_sheet=_contact_sheet(store_url),
-        next_command=f"viewpoint evaluate {folder.url} --protocol svm@heldout --data {store_url or 'STORE'}",
+        next_command=evaluate if "student.kind" in settings else "",
     )
 
 

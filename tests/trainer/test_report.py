@@ -215,6 +215,15 @@ def without_training(folder: RunFolder) -> None:
     folder.write_record("svm@heldout.random_weights", record(24, is_random=True))
 
 
+def teacher(folder: RunFolder) -> None:
+    image_model = {"name": "test_resnet", "image_size": 16}
+    folder.write_config(
+        tiny_config("corpus.zarr", objective={"kind": "view_classifier", "image_model": image_model}, student=None)
+    )
+    folder.append_event("finished", step=30, seconds={"forward": 1.0})
+    metrics(folder, terms=("global", "views"))
+
+
 def broken_off(folder: RunFolder) -> None:
     without_evaluation(folder)
     folder.append_event("not_finite", step=2, problem="term 'task' is nan")
@@ -227,6 +236,7 @@ def broken_off(folder: RunFolder) -> None:
         (without_arms, "Distilled features classify 75.0 % of unseen shapes Linear SVM"),
         (without_evaluation, "running, or ended without a word"),
         (without_training, "tiny: not evaluated yet"),
+        (teacher, "tiny: trained An image network is not evaluated by itself, but by its students. Loss"),
         (broken_off, "broken off at step 2: the loss was not finite"),
     ],
 )
