@@ -6,7 +6,8 @@ It differs from plain `torchrun` in what was seen to lose jobs:
 - The rendezvous store lives outside the agents, so that no node's loss ends the job.
 - Workers never share that store. They would find addresses of a dead round in it, and no restart across nodes succeeds.
 - Exit codes 2, 64 and 75 of a worker are final: asked wrongly, do not retry, stopped. The agent passes them on.
-- A stop signal goes to the workers, which save and leave by themselves; the agent waits for them.
+- A stop signal goes to the workers, which save and leave by themselves; the agent waits for them. While it waits for
+  other nodes there is nothing to save, and it ends at once.
 - A node whose workers are done waits for the others, and starts its workers again when another node has to.
 """
 
@@ -16,17 +17,18 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final
 
 from torch.distributed import DistError, Store  # type: ignore[attr-defined]
 from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.rendezvous import (
     RendezvousConnectionError,
     RendezvousError,
@@ -52,6 +54,7 @@ LOST_HEARTBEATS: Final = 6  # a node that was silent for so many is taken out of
 JOIN_TIMEOUT_SECONDS: Final = 600
 STOP_TIMEOUT_SECONDS: Final = 120.0  # a checkpoint must be saved within it once a stop is asked for
 
+_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _DONE_KEY: Final = "viewpoint/nodes_done"
 _logger = logging.getLogger("launcher.agent")
 
@@ -106,12 +109,28 @@ class NodeAgent(LocalElasticAgent):
         self._in_rendezvous = False
         self._starts = 0
 
-    def stop(self, signal_number: int, frame: FrameType | None) -> None:
-        """Handles a stop signal: workers are told, and nothing is started any more."""
+    def stop(self) -> None:
+        """Tells the workers to save and end, and starts nothing any more. Called from a thread of its own."""
         self._stopping = True
         if self._in_rendezvous:
-            raise SignalException("stopped while waiting for other nodes", signal.Signals(signal_number))
+            # the main thread may hang in the rendezvous store for a minute, and there is nothing to save
+            _logger.info("stopped while waiting for other nodes")
+            os._exit(EXIT_STOPPED)
         self._tell_workers(signal.SIGTERM)
+
+    def listen(self) -> None:
+        """From now on, stop signals reach `stop` at once, whatever the main thread is doing."""
+        heard, heard_by_python = os.pipe()
+        os.set_blocking(heard_by_python, False)
+        signal.set_wakeup_fd(heard_by_python)
+        for number in _STOP_SIGNALS:
+            signal.signal(number, lambda *_: None)
+
+        def wait_for_signals() -> None:
+            while os.read(heard, 1):
+                self.stop()
+
+        threading.Thread(target=wait_for_signals, name="stop-signals", daemon=True).start()
 
     def exit_code(self, result: RunResult | None) -> int:
         """What this process exits with after `run` returned."""
@@ -124,17 +143,15 @@ class NodeAgent(LocalElasticAgent):
         return EXIT_STOPPED if self._stopping and set(codes) <= {-signal.SIGTERM} else EXIT_FAILED
 
     def _tell_workers(self, signal_to_send: signal.Signals) -> None:
-        for pid in self._pcontext.pids().values() if self._pcontext is not None else ():
-            try:
-                os.kill(pid, signal_to_send)
-            except ProcessLookupError:
-                continue  # it ended by itself in the meantime
+        if isinstance(self._pcontext, SubprocessContext):
+            for handler in self._pcontext.subprocess_handlers.values():
+                handler.proc.send_signal(signal_to_send)  # nothing where it has ended
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         self._in_rendezvous = True
+        if self._stopping:
+            self.stop()
         try:
-            if self._stopping:
-                raise SignalException("stopped between two starts of the workers", signal.SIGTERM)
             super()._rendezvous(worker_group)
         finally:
             self._in_rendezvous = False
@@ -265,12 +282,8 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.logs.mkdir(parents=True, exist_ok=True)
     try:
         agent = build_agent(arguments)
-        for stop_signal in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(stop_signal, agent.stop)
+        agent.listen()
         return agent.exit_code(agent.run())
-    except SignalException as stopped:
-        _logger.info("%s", stopped)
-        return EXIT_STOPPED
     except RendezvousConnectionError as error:
         raise ViewpointError(
             f"Node {arguments.node} lost the rendezvous store at {arguments.endpoint}: {error}. "

@@ -17,7 +17,7 @@ from launcher.facts import FEATURES_CACHED, find_features, find_store, observe
 from launcher.local import Outcome, run_nodes, run_process, this_machine
 from launcher.nursery import Nursery
 from launcher.plan import Goal, Step, corpus_folder, plan, teacher_folder
-from launcher.presence import Presence
+from launcher.presence import HeldError, Presence
 from launcher.readings import ProgressReader
 from launcher.rendezvous import RendezvousStore
 from launcher.runs import COMPLETE, ChosenRun, choose_run, pinned
@@ -39,14 +39,14 @@ def launch(spec: LaunchSpec, *, command: str, dry_run: bool = False, as_json: bo
     if dry_run:
         print_plan(goal, spec, plan(goal, observe(goal)), this_machine(), as_json=as_json)
         return EXIT_DONE
-    with open_screen() as screen:
-        screen.say(headline(goal, spec))
+    with ExitStack() as held, open_screen() as screen:
         if run.is_complete:
-            screen.say(
-                f"Run {run.folder.url} is complete: nothing to do. For another one leave --run out, or give a new name."
-            )
+            screen.say(headline(goal, spec))
+            screen.say(f"Run {run.folder.url} is complete: nothing to do. Another one: leave --run out, or a new name.")
         else:
-            code = _Launch(goal, spec, screen, command).run()
+            goal, run, presence = hold(goal, run, spec, held)
+            screen.say(headline(goal, spec))
+            code = _Launch(goal, spec, screen, command).run(presence)
             if code != EXIT_DONE:
                 return code
     if as_json:
@@ -86,6 +86,21 @@ def resolve(spec: LaunchSpec) -> tuple[Goal, ChosenRun]:
     return goal, run
 
 
+def hold(goal: Goal, run: ChosenRun, spec: LaunchSpec, held: ExitStack) -> tuple[Goal, ChosenRun, Presence]:
+    """Takes possession of the run. A new one that somebody else began in the same moment leaves us the next number."""
+    while True:
+        try:
+            presence = held.enter_context(Presence(RunFolder(run.folder.url)))
+        except HeldError:
+            if spec.run_name is not None or not run.is_new:
+                raise
+            goal, run = resolve(spec)
+            continue
+        if run.is_new:
+            run.folder.write_config(goal.config)
+        return goal, run, presence
+
+
 def headline(goal: Goal, spec: LaunchSpec) -> str:
     """The first line: what this run is, and that it is the demo where it is."""
     layout = spec.layout
@@ -112,11 +127,10 @@ class _Launch:
         self._machine = this_machine()
         self._nursery = Nursery()
 
-    def run(self) -> int:
+    def run(self, presence: Presence) -> int:
         """The exit code of the launch."""
         started = time.monotonic()
         with ExitStack() as held:
-            presence = held.enter_context(Presence(self._run))
             self._run.remove(STOP_REQUESTED)
             stop = held.enter_context(StopRequest(lambda: self._run.read_text(STOP_REQUESTED) is not None))
             held.callback(self._run.remove, STOP_REQUESTED)
@@ -233,6 +247,8 @@ class _Launch:
 
 def describe_event(kind: str, facts: Mapping[str, Any]) -> str | None:
     """One line for people, or None for what is as expected."""
+    if kind == "workers_ended" and set(facts["exit_codes"].values()) <= {EXIT_STOPPED, -signal.SIGTERM}:
+        return None
     if kind == "workers_ended":
         how = ", ".join(f"rank {rank} {_ending(code)}" for rank, code in facts["exit_codes"].items())
         left = facts["restarts_left"]

@@ -11,11 +11,16 @@ from typing import Final, Self
 import psutil
 
 from datastore.errors import ViewpointError
+from datastore.objects import ObjectFolder
 from trainer.runfolder import RunFolder
 
 _NOTE: Final = "launcher.json"
 _REFRESH_SECONDS: Final = 5.0
 _STALE_SECONDS: Final = 30.0  # of a launcher on another machine, whose process cannot be seen from here
+
+
+class HeldError(ViewpointError):
+    """Another launcher works on the run."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +76,15 @@ class Presence:
         self._write()
 
     def __enter__(self) -> Self:
-        other = holder_of(self._run)
-        if other is not None and other.pid != os.getpid():
-            raise ViewpointError(
-                f"{self._run.url} is being worked on by another launcher ({other}). Watch it with `viewpoint status "
-                f"{self._run.url}`, stop it with `viewpoint cancel {self._run.url}`, or start another with --run NAME."
-            )
-        self._write()
+        if not ObjectFolder(self._run.url).create(_NOTE, self._note().encode()):
+            other = holder_of(self._run)
+            if other is not None:
+                raise HeldError(
+                    f"{self._run.url} is being worked on by another launcher ({other}). Watch it with `viewpoint status "
+                    f"{self._run.url}`, stop it with `viewpoint cancel {self._run.url}`, or start another with --run "
+                    f"NAME."
+                )
+            self._write()  # over the note of a launcher that was killed
         return self
 
     def __exit__(
@@ -86,6 +93,8 @@ class Presence:
         self._run.remove(_NOTE)
 
     def _write(self) -> None:
+        self._run.write_text(_NOTE, self._note())
+
+    def _note(self) -> str:
         started = psutil.Process().create_time()
-        note = Holder(os.getpid(), started, socket.gethostname(), time.time(), self.step)
-        self._run.write_text(_NOTE, json.dumps(asdict(note)))
+        return json.dumps(asdict(Holder(os.getpid(), started, socket.gethostname(), time.time(), self.step)))

@@ -20,6 +20,7 @@ class ChosenRun:
 
     folder: RunFolder
     config: RunConfig  # as asked for, bound to the teacher's weights that the folder's run began with
+    is_new: bool = False
     is_complete: bool = False
 
 
@@ -38,7 +39,7 @@ def choose_run(runs_url: str, name: str | None, config: RunConfig, *, same_store
         there = folder.config()
         if is_same_training(there, config) and there.data.store_url == config.data.store_url:
             return ChosenRun(folder, _continued(there, config))
-    return ChosenRun(RunFolder(f"{runs_url}/{config.job}-{max(numbers, default=0) + 1}"), config)
+    return ChosenRun(RunFolder(f"{runs_url}/{config.job}-{max(numbers, default=0) + 1}"), config, is_new=True)
 
 
 def find_run(run: str) -> RunFolder:
@@ -95,7 +96,7 @@ def _named(runs_url: str, name: str, config: RunConfig, *, same_store: bool) -> 
         )
     folder = RunFolder(f"{runs_url}/{name}")
     if not folder.exists():
-        return ChosenRun(folder, config)
+        return ChosenRun(folder, config, is_new=True)
     there = folder.config()
     differences = _differences(_unpinned(there).identity(), _unpinned(config).identity())
     if same_store:

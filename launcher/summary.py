@@ -38,7 +38,8 @@ def results_of(run: RunFolder) -> list[dict[str, Any]]:
 def scores_of(run: RunFolder, protocol: str) -> list[Row]:
     """The records of one protocol: the trained network's, each arm's, the one of random weights."""
     own = run.records()
-    found = {"trained": own.get(protocol)}
+    has_teacher = getattr(run.config().objective, "teacher", None) is not None
+    found = {"distilled" if has_teacher else "trained": own.get(protocol)}
     found |= {arm: folder.records().get(protocol) for arm, folder in run.arms().items()}
     found[RANDOM_WEIGHTS] = own.get(record_name(protocol, random=True))
     return [(arm, record) for arm, record in found.items() if record is not None]
@@ -65,12 +66,12 @@ def summarise(run: RunFolder, goal: Goal, spec: LaunchSpec) -> str:
 
 def table(protocol: str, rows: Sequence[Row]) -> str:
     """Accuracies beside each other, and what each is to the first."""
-    (_, first), *_ = rows
+    (own, first), *_ = rows
     lines = [f"Linear SVM on frozen features, {protocol}: {first['num_test']:,} test shapes that no training saw"]
     width = max(len(spoken(arm)) for arm, _ in rows) + 2
     for arm, record in rows:
-        difference = 100 * (first["accuracy"] - record["accuracy"])
-        beside = "" if record is first else f"   {difference:+.1f} points for the trained one"
+        gain = 100 * (first["accuracy"] - record["accuracy"])
+        beside = "" if record is first else f"   {own} is {abs(gain):.1f} points {'above' if gain >= 0 else 'below'}"
         lines.append(f"  {spoken(arm):<{width}}{100 * record['accuracy']:5.1f} %{beside}")
     return "\n".join(lines)
 

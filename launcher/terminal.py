@@ -14,7 +14,8 @@ from datastore.progress import format_seconds
 from launcher.readings import Reading
 
 PLAIN_INTERVAL_SECONDS: Final = 5.0
-_TITLE_WIDTH: Final = 28
+_TITLE_WIDTH: Final = 26
+_WIDTH_FOR_A_BAR: Final = 120
 
 
 class Screen(ABC):
@@ -61,12 +62,13 @@ class LiveScreen(Screen):
 
     def begin(self, title: str) -> None:
         self.close()
-        columns = (
+        bar = [BarColumn(bar_width=20)] if self._console.width >= _WIDTH_FOR_A_BAR else []
+        columns = [
             SpinnerColumn(),
-            TextColumn(f"{title:<{_TITLE_WIDTH}}", markup=False),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[detail]}", markup=False),
-        )
+            *bar,
+            # one column: where the terminal is narrow, the end is cut off and not the title
+            TextColumn(f"{{task.description:<{_TITLE_WIDTH}}} {{task.fields[detail]}}", markup=False),
+        ]
         self._progress = Progress(*columns, console=self._console, transient=True, refresh_per_second=5)
         self._progress.start()
         self._task = self._progress.add_task(title, total=None, detail="starting")
@@ -91,21 +93,22 @@ class PlainScreen(Screen):
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._title = ""
+        self._shown: Reading | None = None
         self._shown_at = 0.0
 
     def say(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
 
     def begin(self, title: str) -> None:
-        self._title = title
+        self._title, self._shown = title, None
         self._shown_at = time.monotonic()
         self.say(f"  {title}: starting")
 
     def show(self, reading: Reading | None) -> None:
         now = time.monotonic()
-        if reading is None or now - self._shown_at < PLAIN_INTERVAL_SECONDS:
+        if reading is None or reading == self._shown or now - self._shown_at < PLAIN_INTERVAL_SECONDS:
             return
-        self._shown_at = now
+        self._shown, self._shown_at = reading, now
         self.say(f"  {self._title}: {describe(reading)}")
 
     def end(self, title: str, verdict: str) -> None:
@@ -114,31 +117,32 @@ class PlainScreen(Screen):
 
 def open_screen(stream: TextIO = sys.stderr) -> Screen:
     """The screen that fits where the lines go."""
-    return LiveScreen(stream) if stream.isatty() else PlainScreen(stream)
+    console = Console(file=stream)
+    return LiveScreen(stream) if console.is_terminal and not console.is_dumb_terminal else PlainScreen(stream)
 
 
 def describe(reading: Reading) -> str:
-    """How far, how fast, how long still, and the stage's own figures, in one line."""
-    parts = [
-        f"{100 * reading.done / reading.total:.0f}%" if reading.total else "0%",
-        f"{reading.done:,}/{reading.total:,} {reading.unit}",
-    ]
-    parts += _figures(reading)
+    """How far, how long still, and the stage's own figures, in one line: what matters most comes first."""
+    parts = [f"{100 * reading.done / reading.total:.0f}%" if reading.total else "0%"]
     left = reading.seconds_left
     if left is not None and reading.done < reading.total:
         parts.append(f"{format_seconds(left)} left")
-    return "  ".join(parts)
+    parts.append(f"{reading.done:,}/{reading.total:,} {reading.unit}")
+    return "  ".join(parts + _figures(reading))
 
 
 def describe_end(reading: Reading | None, seconds: float) -> str:
-    """What a finished step leaves behind: its size, its time, its last figures."""
+    """What a finished step leaves behind: its time, its size, its last figures."""
     if reading is None:
         return format_seconds(seconds)
-    return "  ".join([f"{reading.done:,} {reading.unit}", f"in {format_seconds(seconds)}", *_figures(reading)])
+    return "  ".join([format_seconds(seconds), f"{reading.done:,} {reading.unit}", *_figures(reading)])
 
 
 def _figures(reading: Reading) -> list[str]:
-    parts = [f"{reading.rate:,.1f} {reading.unit}/s"] if reading.rate > 0 else []
-    return parts + [
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in reading.note.items()
+    rates = {name: float(value) for name, value in reading.note.items() if name.endswith("/s")}
+    if not rates and reading.rate > 0:
+        rates[f"{reading.unit}/s"] = reading.rate
+    others = {name: value for name, value in reading.note.items() if not name.endswith("/s")}
+    return [f"{rate:,.0f} {name}" if rate >= 100 else f"{rate:.3g} {name}" for name, rate in rates.items()] + [
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in others.items()
     ]
