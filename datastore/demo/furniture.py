@@ -10,8 +10,8 @@ from datastore.demo.supports import Support, support
 
 
 def bed(dice: Dice) -> Iterator[Piece]:
-    """A mattress on a frame: single, double, day bed with a long back, four-poster or bunk."""
-    style = dice.pick("plain", "plain", "plain", "posts", "bunk", "day")
+    """A mattress on a frame: single, double, four-poster or bunk."""
+    style = dice.pick("plain", "plain", "plain", "plain", "posts", "bunk")
     width = dice.between(0.75, 1.0) if style == "bunk" else dice.between(0.8, 1.8)
     length, foot = dice.between(1.5, 2.1), dice.between(0.05, 0.35)
     rail, mattress, timber = dice.between(0.08, 0.2), dice.between(0.1, 0.26), dice.between(0.04, 0.09)
@@ -46,9 +46,6 @@ def bed(dice: Dice) -> Iterator[Piece]:
             pillow = ellipsoid(0.4 * width / pillows, 0.07, 0.16, 16)
             yield Piece("pillow", pillow.moved(x, surface + 0.04, -0.38 * length), sheet)
     head = dice.between(0.15, 0.85)
-    back = box(0.07, rail + mattress + head, length, bevel=0.02).moved(x=-width / 2 - 0.05, y=foot)
-    if style == "day":
-        yield Piece("headboard", back, frame)
     yield from _boards(dice, width, length, foot, rail + mattress, head, dice.pick(frame, frame, cover))
 
 
@@ -76,7 +73,7 @@ def _boards(
 ) -> Iterator[Piece]:
     """Boards at the head and sometimes at the foot: solid, padded or barred."""
     style = dice.pick("solid", "padded", "barred")
-    lower = rise * dice.between(0.4, 1.0)
+    lower = rise * dice.between(0.2, 0.8)
     bars, breadth = dice.whole(4, 8), width + 0.08
     for z, high in ((-length / 2 - 0.05, soft + rise), (length / 2 + 0.05, soft + lower))[: dice.pick(1, 2)]:
         match style:
@@ -93,10 +90,10 @@ def _boards(
 def table(dice: Dice) -> Iterator[Piece]:
     """A top on any support, from a coffee table to a bar table."""
     (low, high), (narrow, wide) = dice.pick(
-        ((0.4, 0.65), (0.36, 0.6)),  # beside a chair
+        ((0.4, 0.6), (0.42, 0.65)),  # beside a chair
         ((0.28, 0.5), (0.7, 1.3)),  # before a sofa
         ((0.65, 0.8), (0.9, 1.9)),  # to dine at
-        ((0.85, 1.15), (0.5, 0.85)),  # to stand at
+        ((0.85, 1.1), (0.6, 1.0)),  # to stand at
     )
     height, width = dice.between(low, high), dice.between(narrow, wide)
     depth = width * dice.between(0.55, 1.0)
@@ -108,11 +105,8 @@ def table(dice: Dice) -> Iterator[Piece]:
     inner_width, inner_depth = width / overhang, depth / overhang
     for leg in support(dice, style, inner_width, inner_depth, height, thickness):
         yield Piece("leg", leg, frame)
-    is_round = dice.chance(0.6 if style in central else 0.2)
-    if is_round:
-        outline = circle(0.5, 28) * (width, depth)
-    else:
-        outline = rectangle(width, depth, dice.pick(0.01, 0.1, 0.3) * depth, 4)
+    is_round, corner = dice.chance(0.6 if style in central else 0.2), depth * dice.pick(0.01, 0.1, 0.3)
+    outline = circle(0.5, 28) * (width, depth) if is_round else rectangle(width, depth, corner, 4)
     yield Piece("top", prism(outline, board, bevel=0.2 * board).moved(y=height), surface)
     if style in ("four", "splayed", "panels") and not is_round and dice.chance(0.6):
         yield from _drawers(dice, inner_width - 2 * thickness, inner_depth - 2 * thickness, height, frame)

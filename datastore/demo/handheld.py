@@ -25,8 +25,8 @@ from datastore.demo.solids import (
 
 
 def posed(dice: Dice, pieces: Iterable[Piece], standing: float) -> Iterator[Piece]:
-    """Pieces drawn upright: left standing with this probability, else laid down; a little askew either way."""
-    roll = dice.pick(0.0, 90.0, 180.0, 270.0) + dice.between(-12, 12)
+    """Pieces drawn upright: left standing with this probability, else laid on their side; a little askew either way."""
+    roll = dice.pick(90.0, 270.0) + dice.between(-12, 12)
     tilt = dice.between(-12, 12) + (0 if dice.chance(standing) else 90)
     for piece in pieces:
         yield replace(piece, solid=piece.solid.turned("y", roll).turned("z", tilt))
@@ -34,7 +34,7 @@ def posed(dice: Dice, pieces: Iterable[Piece], standing: float) -> Iterator[Piec
 
 def knife(dice: Dice) -> Iterator[Piece]:
     """A blade in a handle, standing or lying: kitchen knife, table knife, dagger, cleaver, curved."""
-    yield from posed(dice, _upright_knife(dice), standing=0.35)
+    yield from posed(dice, _upright_knife(dice), standing=0.1)
 
 
 def _upright_knife(dice: Dice) -> Iterator[Piece]:
@@ -94,7 +94,7 @@ def _blade(dice: Dice, style: str, length: float, width: float, thickness: float
 
 def hammer(dice: Dice) -> Iterator[Piece]:
     """A head across a handle, standing or lying: claw, ball, sledge, mallet, pick, axe."""
-    yield from posed(dice, _upright_hammer(dice), standing=0.5)
+    yield from posed(dice, _upright_hammer(dice), standing=0.3)
 
 
 def _upright_hammer(dice: Dice) -> Iterator[Piece]:
@@ -152,8 +152,8 @@ def _hammer_head(dice: Dice, style: str, reach: float, size: float) -> Iterator[
 
 
 def guitar(dice: Dice) -> Iterator[Piece]:
-    """A body with neck and head, leaning or lying: acoustic, electric with horns, banjo, ukulele."""
-    lean = dice.between(-22, 4) if dice.chance(0.6) else -90.0
+    """A body with neck and head, leaning back more or less: acoustic, electric with horns, banjo, ukulele."""
+    lean = dice.between(-40, 5)
     for piece in _upright_guitar(dice):
         yield replace(piece, solid=piece.solid.turned("x", lean))
 
@@ -225,7 +225,7 @@ def laptop(dice: Dice) -> Iterator[Piece]:
     width, depth = dice.between(0.7, 1.15), dice.between(0.5, 0.78)
     slab, lid, height = dice.between(0.025, 0.08), dice.between(0.02, 0.04), depth * dice.between(0.92, 1.1)
     shell, dark = dice.colour("metal", "dark", "pale", "paint"), dice.colour("dark")
-    raised = dice.between(0.15, 0.4) if dice.chance(0.15) else 0.0
+    raised = dice.between(0.12, 0.3) if dice.chance(0.1) else 0.0
     top = raised + slab
     yield Piece("base", box(width, slab, depth, bevel=0.3 * slab, steps=2).moved(y=raised, z=depth / 2), shell)
     rows, columns = dice.whole(3, 4), dice.whole(6, 9)
@@ -240,7 +240,7 @@ def laptop(dice: Dice) -> Iterator[Piece]:
     bar = cylinder(0.6 * slab, 0.8 * width, 10).turned("z", 90).moved(x=0.4 * width, y=top - 0.2 * slab)
     yield Piece("hinge", bar, dark)
 
-    opening = dice.pick(dice.between(85, 130), dice.between(85, 130), dice.between(35, 85), dice.between(130, 180))
+    opening = dice.between(*dice.pick((85, 130), (85, 130), (85, 130), (55, 85), (130, 165)))
     case = box(width, height, lid, bevel=0.3 * lid, steps=2).moved(z=-lid / 2)
     picture = box(0.92 * width, 0.86 * height, 0.006, bevel=0.001).moved(y=0.07 * height, z=0.002)
     for solid, colour in ((case, shell), (picture, dice.colour("paint", "glass", "dark"))):

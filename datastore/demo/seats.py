@@ -115,9 +115,9 @@ def _arms(dice: Dice, width: float, depth: float, rise: float, thickness: float)
 
 def stool(dice: Dice) -> Iterator[Piece]:
     """A small seat on any support, low or high; high ones may have a foot ring and a low rim at the back."""
-    width = dice.between(0.26, 0.48)
+    width = dice.between(0.26, 0.4)
     depth = width * dice.between(0.75, 1.0)
-    height = dice.pick(dice.between(0.28, 0.5), dice.between(0.45, 0.85))
+    height = dice.pick(dice.between(0.34, 0.5), dice.between(0.45, 0.85))
     thickness, pad = dice.between(0.025, 0.055), dice.between(0.025, 0.12)
     frame, cover = dice.colour("wood", "metal", "dark"), dice.colour("wood", "fabric", "paint")
     round_supports: tuple[Support, ...] = ("four", "splayed", "three", "three", "pedestal", "star")

@@ -5,13 +5,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from datastore.demo.dice import Dice, Piece
-from datastore.demo.solids import Solid, arc, box, cylinder, ellipsoid, lathe, loft, post, smooth, tube, upright
-from datastore.demo.supports import support
+from datastore.demo.solids import Solid, arc, box, ellipsoid, lathe, loft, post, smooth, tube, upright
 
 
 def lamp(dice: Dice) -> Iterator[Piece]:
-    """A shade on a stem: table lamp, floor lamp, arched, jointed, or on a tripod."""
-    style = dice.pick("straight", "straight", "turned", "arched", "jointed", "tripod")
+    """A shade on a stem: table lamp, floor lamp, arched or jointed."""
+    style = dice.pick("straight", "straight", "straight", "turned", "turned", "arched", "jointed")
     height = dice.between(0.35, 0.75) if style in ("turned", "jointed") else dice.between(0.45, 1.6)
     body, light = (
         dice.colour("metal", "dark", "brass", "wood", "ceramic"),
@@ -19,8 +18,7 @@ def lamp(dice: Dice) -> Iterator[Piece]:
     )
     stem = dice.between(0.008, 0.02) * (1 + 0.6 * height)
     size = dice.between(0.12, 0.26) * (0.6 + 0.4 * height)
-    if style != "tripod":
-        yield Piece("base", _foot(dice, dice.between(0.09, 0.2), stem), body)
+    yield Piece("base", _foot(dice, dice.between(0.09, 0.2), stem), body)
     match style:
         case "straight":
             yield Piece("stem", post((0, 0.01, 0), (0, height, 0), stem), body)
@@ -43,13 +41,6 @@ def lamp(dice: Dice) -> Iterator[Piece]:
             outside = [(0.0, 0.05), (0.035, 0.05), (0.045, 0.0), (0.1, -0.14)]
             cone = lathe([*outside, (0.092, -0.14), (0.04, -0.01), (0, -0.01)], 18)
             yield Piece("shade", cone.turned("z", dice.between(-10, 60)).moved(*head), light)
-        case "tripod":
-            for leg in support(dice, "three", 0.5 * height, 0.5 * height, 0.75 * height, dice.between(0.015, 0.03)):
-                yield Piece("base", leg, body)
-            # the legs meet the underside of a plate, whose reach is the most that their tops may spread
-            yield Piece("stem", cylinder(0.24 * height, 0.02).moved(y=0.74 * height), body)
-            yield Piece("stem", post((0, 0.75 * height, 0), (0, height, 0), 1.5 * stem), body)
-            yield Piece("shade", _shade(dice, size).moved(y=height), light)
 
 
 def _turned_stem(dice: Dice, height: float, stem: float) -> Solid:

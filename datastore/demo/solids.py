@@ -116,8 +116,7 @@ def box(width: float, height: float, depth: float, bevel: float | None = None, s
     thinnest = min(width, height, depth)
     bevel = thinnest / 6 if bevel is None else min(bevel, 0.48 * thinnest)
     if bevel <= 0:
-        outline = rectangle(width, depth)
-        return loft(np.stack([level(outline, 0.0), level(outline, height)]))
+        return _CUBE.scaled(width, height, depth)
     slope = np.linspace(np.pi / 8, np.pi / 2, steps + 1)  # from nearly flat to upright
     insets = bevel * (1 - np.sin(slope))
     rises = bevel * (np.cos(slope[0]) - np.cos(slope))
@@ -130,6 +129,9 @@ def box(width: float, height: float, depth: float, bevel: float | None = None, s
 def level(outline: Points2, height: float) -> Points3:
     """An outline drawn on the horizontal plane at this height: its axes become x and z."""
     return np.stack([outline[:, 0], np.full(len(outline), height), outline[:, 1]], axis=-1)
+
+
+_CUBE: Final = loft(np.stack([level(rectangle(1.0, 1.0), height) for height in (0.0, 1.0)]))
 
 
 def prism(outline: Points2, height: float, bevel: float) -> Solid:

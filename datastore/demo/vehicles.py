@@ -99,7 +99,7 @@ def _rack(half: float, height: float, width: float) -> Iterator[Piece]:
 
 
 def skateboard(dice: Dice) -> Iterator[Piece]:
-    """A deck on two pairs of wheels: kicked or flat, round or pointed, waisted; some with a brake or a scooter's bar."""
+    """A deck on two pairs of wheels: kicked or flat, round or pointed, waisted; some with a brake or a bar to hold."""
     half, width, clear = dice.between(0.6, 1.0), dice.between(0.32, 0.55), dice.between(0.14, 0.26)
     kick_front, kick_back, thickness = dice.between(0.0, 0.4), dice.between(0.0, 0.4), dice.between(0.03, 0.07)
     board, grip = dice.colour("paint", "wood", "fabric"), dice.colour("dark", "paint")

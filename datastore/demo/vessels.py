@@ -56,7 +56,7 @@ def ear(outline: Points2, low: float, high: float, reach: float, thickness: floa
 
 def mug(dice: Dice) -> Iterator[Piece]:
     """A cup with one ear or two: straight, tapered, bellied or footed, full or empty, some on a saucer."""
-    height, radius, wall = dice.between(0.7, 1.5), dice.between(0.36, 0.6), dice.between(0.035, 0.06)
+    height, radius, wall = dice.between(0.7, 1.3), dice.between(0.36, 0.6), dice.between(0.035, 0.06)
     foot, middle = radius * dice.between(0.6, 1.1), radius * dice.between(0.85, 1.2)
     glaze = dice.colour("ceramic", "paint", "pale", "metal")
     second = glaze if dice.chance(0.6) else dice.colour("ceramic", "paint", "dark")
@@ -68,7 +68,7 @@ def mug(dice: Dice) -> Iterator[Piece]:
     low, high = dice.between(0.14, 0.3) * height, dice.between(0.72, 0.92) * height
     kind = dice.pick("round", "round", "angular", "sagging")
     handle = ear(outline, low, high, dice.between(0.18, 0.38), dice.between(0.035, 0.06), kind)
-    for turn in dice.pick((0.0,), (0.0,), (0.0,), (0.0,), (0.0,), (0.0, 180.0)):
+    for turn in dice.pick(*[(0.0,)] * 7, (0.0, 180.0)):
         yield Piece("handle", handle.turned("y", turn), second)
     if dice.chance(0.4):
         full = dice.between(0.55, 0.9) * height
@@ -82,7 +82,7 @@ def mug(dice: Dice) -> Iterator[Piece]:
 
 def vase(dice: Dice) -> Iterator[Piece]:
     """A turned body of any profile, open at the top, with or without a foot, handles and flowers."""
-    height, foot, belly = dice.between(0.9, 2.0), dice.between(0.2, 0.42), dice.between(0.32, 0.68)
+    height, foot, belly = dice.between(1.1, 2.0), dice.between(0.2, 0.4), dice.between(0.32, 0.6)
     neck, rim, share = dice.between(0.13, 0.36), dice.between(0.17, 0.5), dice.between(0.25, 0.6)
     match dice.pick("shouldered", "shouldered", "flared", "gourd", "straight"):
         case "shouldered":
@@ -93,7 +93,7 @@ def vase(dice: Dice) -> Iterator[Piece]:
         case "gourd":
             through = [(foot, 0), (belly, 0.25), (neck, 0.52), (0.7 * belly, 0.74), (neck, 0.93), (1.2 * neck, 1)]
         case _:
-            through = [(foot, 0), (foot * dice.between(0.9, 1.3), 0.3), (0.8 * belly, 0.75), (0.75 * belly, 1)]
+            through = [(foot, 0), (foot * dice.between(0.9, 1.3), 0.3), (0.7 * belly, 0.75), (0.7 * belly, 1)]
     outline = smooth(np.array(through) * (1, height), 5)
     outline[:, 0] = np.maximum(outline[:, 0], 0.1)
     glaze = dice.colour("ceramic", "ceramic", "paint", "glass", "brass")
@@ -102,10 +102,10 @@ def vase(dice: Dice) -> Iterator[Piece]:
         ring = foot + dice.between(0.02, 0.05)
         stand = lathe([(0, -0.1), (ring, -0.1), (ring, -0.04), (0.85 * foot, 0.02), (0, 0.02)], 24)
         yield Piece("foot", stand, dice.colour("ceramic", "brass", "dark"))
-    if dice.chance(0.3):
+    if dice.chance(0.2):
         low, high = (0.9 * share + 0.1) * height, dice.between(0.82, 0.95) * height
         handle = ear(outline, low, high, dice.between(0.1, 0.28), 0.035, dice.pick("round", "angular", "sagging"))
-        for turn in dice.pick((0.0, 180.0), (0.0, 180.0), (0.0,)):
+        for turn in dice.pick(*[(0.0, 180.0)] * 5, (0.0,)):
             yield Piece("handle", handle.turned("y", turn), glaze)
     if dice.chance(0.35):
         yield from _flowers(dice, height, 0.6 * float(outline[-1, 0]))
@@ -190,7 +190,7 @@ def bowl(dice: Dice) -> Iterator[Piece]:
     if dice.chance(0.22):
         kind = dice.pick("round", "angular")
         grip = ear(outline, 0.5 * height, 0.85 * height, dice.between(0.12, 0.24), 0.04, kind)
-        for turn in dice.pick((0.0, 180.0), (0.0, 180.0), (0.0, 180.0), (0.0,)):
+        for turn in dice.pick(*[(0.0, 180.0)] * 5, (0.0,)):
             yield Piece("handle", grip.turned("y", turn), glaze)
     match dice.pick("empty", "empty", "fruit", "soup", "lid"):
         case "fruit":
