@@ -226,11 +226,12 @@ class _Launch:
         return on_event
 
     def _broken_off(self, step: Step, outcome: Outcome) -> int:
-        again = f"The same command goes on from here:\n  {self._command}"
         if outcome.exit_code == EXIT_STOPPED:
             self._screen.end(step.title, "stopped")
             self._run.append_event("launch_stopped", step=step.name)
-            self._screen.say(f"Stopped; what is finished is kept in {self._goal.run_url}. {again}")
+            self._screen.say(
+                f"Stopped; what is finished is kept in {self._goal.run_url}. The same command goes on:\n  {self._command}"
+            )
             return EXIT_STOPPED
         self._screen.end(
             step.title,
@@ -241,7 +242,9 @@ class _Launch:
             self._screen.say(f"\nThe end of {outcome.log}:")
             for line in last_lines(outcome.log, _FAILURE_LINES):
                 self._screen.say(f"    {line}")
-        self._screen.say(f"\nWhat is finished is kept. {again}")
+        self._screen.say(
+            f"\nWhat is finished is kept. Once that is mended, the same command goes on:\n  {self._command}"
+        )
         return outcome.exit_code
 
 

@@ -115,8 +115,9 @@ class PlainScreen(Screen):
         self.say(f"  {title}: {verdict}")
 
 
-def open_screen(stream: TextIO = sys.stderr) -> Screen:
-    """The screen that fits where the lines go."""
+def open_screen(stream: TextIO | None = None) -> Screen:
+    """The screen that fits where the lines go: stderr unless told."""
+    stream = stream or sys.stderr
     console = Console(file=stream)
     return LiveScreen(stream) if console.is_terminal and not console.is_dumb_terminal else PlainScreen(stream)
 

@@ -1,0 +1,106 @@
+"""What can be seen of a run, and how it is stopped, from anywhere that reaches its folder."""
+
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from datastore.errors import EXIT_ASKED_WRONGLY, EXIT_DONE
+from launcher.__main__ import main
+from launcher.presence import Presence
+from launcher.runs import COMPLETE
+from launcher.status import describe, state_of
+from launcher.stop import STOP_REQUESTED
+from tests.runs import tiny_config
+from trainer.runfolder import RunFolder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(str(tmp_path / "mine"))
+    folder.write_config(tiny_config("store.zarr"))
+    return folder
+
+
+def train_a_bit(run: RunFolder) -> None:
+    run.append_event("launch_started", nodes=2)
+    run.append_event("started", total_steps=400, world=2)
+    figures = {"loss": 1.23456, "samples_per_second": 310.4, "data_wait_share": 0.031}
+    run.append_metrics({"step": 120, **figures})
+    run.append_event("saved", step=100, seconds=0.1)
+    run.append_event("workers_ended", node=1, exit_codes={"1": -9}, restarts_left=2, logs=[])
+
+
+def test_a_run_that_is_worked_on_shows_how_far_it_is(run: RunFolder) -> None:
+    train_a_bit(run)
+    with Presence(run) as presence:
+        presence.enter_step("pretrain")
+        lines = describe(state_of(run), time.time() + 5).splitlines()
+    me = f"process {os.getpid()} on {socket.gethostname()}"
+    assert lines == [
+        f"{run.url} (tiny): running, {me}, at step 'pretrain'",
+        "  pretrain: step 120 of 400, loss 1.235, 310 samples/s, data wait 3%, 5 s ago, saved at step 100, 1 restarts",
+    ]
+
+
+def test_how_a_run_ended_is_told_apart(run: RunFolder) -> None:
+    train_a_bit(run)
+    assert state_of(run)["state"].startswith("broken off without a word")
+    run.append_event("launch_stopped", step="pretrain")
+    assert state_of(run)["state"] == "stopped; the same launch goes on"
+    run.append_event("launch_failed", step="pretrain", exit_code=1)
+    assert state_of(run)["state"] == "failed; see its logs"
+    run.append_event(COMPLETE)
+    assert state_of(run)["state"] == "complete"
+
+
+def test_scores_and_arms_are_shown(run: RunFolder) -> None:
+    run.arm("distillation_off").write_config(tiny_config("store.zarr"))
+    run.write_record("svm@heldout", {"accuracy": 0.875})
+    lines = describe(state_of(run), time.time()).splitlines()
+    assert lines[1:] == [
+        "  pretrain: no step yet",
+        "  distillation_off: no step yet",
+        "  svm@heldout: 87.5 % of the test shapes",
+    ]
+
+
+def test_status_speaks_json(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    train_a_bit(run)
+    assert main(["status", run.url, "--json"]) == EXIT_DONE
+    state = json.loads(capsys.readouterr().out)
+    assert state["trainings"][0]["last"]["step"] == 120
+    assert state["working"] is False
+
+
+def test_there_is_nothing_to_cancel_where_nothing_works(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cancel", run.url]) == EXIT_ASKED_WRONGLY
+    assert "Nothing works on" in capsys.readouterr().err
+    run.append_event(COMPLETE)
+    assert main(["cancel", run.url]) == EXIT_ASKED_WRONGLY
+    assert "it is complete" in capsys.readouterr().err
+
+
+def test_cancel_asks_the_launcher_and_waits_until_it_has_stopped(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work_until_asked() -> None:
+        with Presence(run):
+            working.set()
+            while run.read_text(STOP_REQUESTED) is None:
+                time.sleep(0.02)
+            time.sleep(0.3)  # saving
+
+    working = threading.Event()
+    launcher = threading.Thread(target=work_until_asked)
+    launcher.start()
+    working.wait()
+    started = time.monotonic()
+    assert main(["cancel", run.url]) == EXIT_DONE
+    assert time.monotonic() - started >= 0.3
+    launcher.join()
+    assert "has stopped" in capsys.readouterr().err
