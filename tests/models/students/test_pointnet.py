@@ -30,10 +30,8 @@ def small(seed: int = 0) -> PointNet:
 def convolutions(layers: nn.Sequential, features: Tensor) -> Tensor:
     """The same layers as 1x1 convolutions over [b, c, n], which is how papers write them."""
     for layer in layers:
-        if isinstance(layer, nn.Linear):
-            features = F.conv1d(features, layer.weight[..., None], layer.bias)
-        else:
-            features = layer(features)
+        linear = isinstance(layer, nn.Linear)
+        features = F.conv1d(features, layer.weight[..., None], layer.bias) if linear else layer(features)
     return features
 
 
