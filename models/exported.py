@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import BaseModel, Field, PositiveInt, TypeAdapter, ValidationError
@@ -55,8 +56,11 @@ class ExportedEncoder:
         self.description = description  # all of model.json
 
     @torch.no_grad()
-    def encode(self, points: Float[Tensor, "b p 3"], *, batch_size: int = 64) -> Float[Tensor, "b d"]:
+    def encode(
+        self, points: Float[Tensor, "b p 3"] | Float[np.ndarray, "b p 3"], *, batch_size: int = 64
+    ) -> Float[Tensor, "b d"]:
         """One embedding a cloud of any number of points, place and size: it is first brought to the unit ball."""
+        points = torch.as_tensor(points)
         device = next(self.network.parameters()).device
         if len(points) == 0:
             return torch.empty(0, self.network.pooled_dim, device=device)

@@ -6,7 +6,9 @@ import os
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import fsspec
 import pytest
@@ -92,14 +94,26 @@ def test_abandoned_drafts_go_and_those_of_living_writers_stay(tmp_path: Path) ->
     assert not list(drafts.iterdir())
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
+@contextmanager
+def ordinary_user() -> Iterator[None]:
+    """Somebody whom permissions bind: root, who may write everywhere, becomes nobody for a while."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
     try:
-        with pytest.raises(StoreError, match=r"Access to .* is refused.*Check the permissions"):
-            ObjectFolder(tmp_path / "store").put("a", b"x")
+        yield
     finally:
-        tmp_path.chmod(0o700)
+        if is_root:
+            os.seteuid(0)
+
+
+def test_a_folder_that_may_not_be_written_is_named() -> None:
+    # not below tmp_path, which nobody but its owner may enter
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o555)
+        with ordinary_user(), pytest.raises(StoreError, match=r"Access to .* is refused.*Check the permissions"):
+            ObjectFolder(Path(folder) / "store").put("a", b"x")
+        Path(folder).chmod(0o755)
 
 
 def test_a_server_that_does_not_answer_is_named_with_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
