@@ -52,6 +52,7 @@ MONITOR_SECONDS: Final = 0.2
 HEARTBEAT_SECONDS: Final = 1
 LOST_HEARTBEATS: Final = 6  # a node that was silent for so many is taken out of the rendezvous
 JOIN_TIMEOUT_SECONDS: Final = 600
+LEAVE_TOGETHER_SECONDS: Final = 10.0
 STOP_TIMEOUT_SECONDS: Final = 120.0  # a checkpoint must be saved within it once a stop is asked for
 
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -171,6 +172,7 @@ class NodeAgent(LocalElasticAgent):
         return workers
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._let_stopped_workers_leave()
         result: RunResult = super()._monitor_workers(worker_group)
         if self._stopping and result.state is WorkerState.HEALTHY:
             result = self._wait_for_stopped_workers(worker_group)
@@ -185,6 +187,17 @@ class NodeAgent(LocalElasticAgent):
                 restarts_left=self._remaining_restarts,
             )
         return result
+
+    def _let_stopped_workers_leave(self) -> None:
+        """Waits a little for the neighbours of a worker that saved and left: torch would kill them in their last lines."""
+        if not isinstance(self._pcontext, SubprocessContext):
+            return
+        deadline = time.monotonic() + LEAVE_TOGETHER_SECONDS
+        while time.monotonic() < deadline:
+            codes = [handler.proc.poll() for handler in self._pcontext.subprocess_handlers.values()]
+            if EXIT_STOPPED not in codes or None not in codes:
+                return
+            time.sleep(MONITOR_SECONDS)
 
     def _wait_for_stopped_workers(self, worker_group: WorkerGroup) -> RunResult:
         """The end of workers that were told to stop. Nothing else is watched: the rendezvous store may be gone."""
@@ -226,7 +239,7 @@ def final_exit_code(codes: Sequence[int]) -> int | None:
     for code in (EXIT_DO_NOT_RETRY, EXIT_ASKED_WRONGLY):
         if code in codes:
             return code
-    # a worker that left with 75 makes the agent send SIGTERM to its neighbours, which meets some in their last lines
+    # what a worker that left with 75 leaves behind gets SIGTERM after a while
     if EXIT_STOPPED in codes and set(codes) <= {EXIT_STOPPED, -signal.SIGTERM}:
         return EXIT_STOPPED
     return None

@@ -254,12 +254,8 @@ def describe_event(kind: str, facts: Mapping[str, Any]) -> str | None:
         return None
     if kind == "workers_ended":
         how = ", ".join(f"rank {rank} {_ending(code)}" for rank, code in facts["exit_codes"].items())
-        left = facts["restarts_left"]
-        return (
-            f"node {facts['node']}: {how}; restarting from the last checkpoint ({left} more times)"
-            if left
-            else f"node {facts['node']}: {how}"
-        )
+        again = "; all start again from the last checkpoint" if facts["restarts_left"] else ""
+        return f"node {facts['node']}: {how}{again}"
     if kind == "node_replaced":
         return f"{facts['name']} was killed ({facts['killed_by']}); it starts again"
     if kind == "workers_started" and facts["start"] > 0 and 0 in facts["ranks"]:
@@ -268,8 +264,10 @@ def describe_event(kind: str, facts: Mapping[str, Any]) -> str | None:
 
 
 def logs_folder(run: RunFolder) -> Path:
-    """Where processes write: in the run folder, or below the working directory for a run on object storage."""
-    return Path(run.local_path) / "logs" if run.local_path is not None else Path("runs") / run.name / "logs"
+    """Where processes write: in the run folder, or in ./logs for a run on object storage, which cannot be appended to."""
+    if run.local_path is not None:
+        return Path(run.local_path) / "logs"
+    return Path("logs") / run.url.partition("://")[2]
 
 
 def print_plan(goal: Goal, spec: LaunchSpec, steps: tuple[Step, ...], machine: Machine, *, as_json: bool) -> None:

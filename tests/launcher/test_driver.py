@@ -14,7 +14,7 @@ from datastore.errors import EXIT_ASKED_WRONGLY, EXIT_DO_NOT_RETRY, EXIT_DONE, E
 from datastore.layout import open_store
 from launcher.__main__ import main
 from launcher.command import Layout
-from launcher.driver import describe_event, hold, resolve
+from launcher.driver import describe_event, hold, logs_folder, resolve
 from launcher.facts import FEATURES_CACHED, find_features, observe
 from launcher.plan import Facts, Goal
 from launcher.spec import LaunchSpec
@@ -130,10 +130,15 @@ def test_on_data_of_ones_own_features_that_are_there_are_used(here: Path) -> Non
     assert find_features(Goal(absent, "runs/a", store.url, makes_corpus=False), store) is None
 
 
+def test_a_run_on_object_storage_writes_its_logs_to_a_local_folder_of_its_own() -> None:
+    assert logs_folder(RunFolder("/data/runs/a")) == Path("/data/runs/a/logs")
+    assert logs_folder(RunFolder("memory://bucket/runs/a/arms/b")) == Path("logs/bucket/runs/a/arms/b")
+
+
 def test_events_are_said_in_one_line_and_what_is_as_expected_not_at_all() -> None:
     died = {"node": 1, "exit_codes": {"1": -9}, "restarts_left": 2}
     assert describe_event("workers_ended", died) == (
-        "node 1: rank 1 was killed (SIGKILL); restarting from the last checkpoint (2 more times)"
+        "node 1: rank 1 was killed (SIGKILL); all start again from the last checkpoint"
     )
     failed = {"node": 0, "exit_codes": {"0": 64}, "restarts_left": 0}
     assert describe_event("workers_ended", failed) == "node 0: rank 0 failed with exit code 64"

@@ -75,11 +75,12 @@ class Job:
         *,
         start_agent: Starter = Spawned,
         nodes: int = 2,
+        procs_per_node: int = 1,
         max_restarts: int = 2,
     ) -> None:
         self.folder, self.events = folder, list[dict[str, Any]]()
         self._store, self._start_agent = store, start_agent
-        self._layout = Layout(nodes=nodes, max_restarts=max_restarts)
+        self._layout = Layout(nodes, procs_per_node, max_restarts)
         self._script = folder / "worker.py"
         self._script.write_text(textwrap.dedent(script))
 
@@ -217,6 +218,20 @@ def test_a_stop_signal_reaches_every_worker_which_saves_before_it_ends(
     assert outcome == Outcome(EXIT_STOPPED)
     assert (tmp_path / "saved-0").exists()
     assert (tmp_path / "saved-1").exists()
+
+
+def test_a_worker_that_stops_by_itself_ends_the_job_and_its_neighbours_may_finish(
+    tmp_path: Path, job_of: Callable[..., Job]
+) -> None:
+    script = """
+        import os, pathlib, sys, time
+        if os.environ["RANK"] == "0":
+            time.sleep(1.0)  # its last lines
+            (pathlib.Path(sys.argv[1]) / "written").touch()
+        sys.exit(75)
+    """
+    assert job_of(script, nodes=1, procs_per_node=2).run().exit_code == EXIT_STOPPED
+    assert (tmp_path / "written").exists()
 
 
 def test_the_second_interrupt_kills(tmp_path: Path, job_of: Callable[..., Job]) -> None:
