@@ -82,6 +82,11 @@ def node_command(
     )
 
 
+# On the CPU every step frees and asks for the same large blocks. glibc would hand them back to the kernel and fault them in
+# again, zeroed: a third of a small student's step. The values are a GiB and four.
+_KEEP_FREED_MEMORY: Final = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+
+
 def worker_environment(machine: Machine, *, processes: int, devices: str | None, progress: Path) -> dict[str, str]:
     """What every worker needs to know that no config says."""
     environment = {
@@ -95,6 +100,7 @@ def worker_environment(machine: Machine, *, processes: int, devices: str | None,
         environment["CUDA_VISIBLE_DEVICES"] = devices
     if machine.gpus == 0 or devices == "":
         environment["DS_ACCELERATOR"] = "cpu"
+        environment |= _KEEP_FREED_MEMORY
     return environment
 
 
