@@ -170,7 +170,7 @@ class _Command:
             help="worker processes on each node (default: 1)",
         )
         group.add_argument(
-            "--logs", default="logs", metavar="FOLDER", help="where nodes write their logs (default: ./logs)"
+            "--logs", default="runs/logs", metavar="FOLDER", help="where nodes write their logs (default: ./runs/logs)"
         )
 
 

@@ -136,14 +136,14 @@ class _Launch:
             held.callback(self._run.remove, STOP_REQUESTED)
             held.callback(self._run.flush)
             steps = plan(self._goal, observe(self._goal))
-            self._run.append_event(
-                "launch_started", command=self._command, nodes=self._spec.layout.nodes, world=self._spec.layout.world,
-                cores=self._machine.cores, gpus=self._machine.gpus,
-            )  # fmt: skip
             store: RendezvousStore | None = None
             if any(step.on_nodes and not step.done for step in steps):
                 store = held.enter_context(RendezvousStore(self._spec.rendezvous_port))
                 held.enter_context(self._nursery).warm_up()
+            self._run.append_event(
+                "launch_started", command=self._command, nodes=self._spec.layout.nodes, world=self._spec.layout.world,
+                cores=self._machine.cores, gpus=self._machine.gpus,
+            )  # fmt: skip
             for step in steps:
                 if step.done:
                     self._screen.end(step.title, "reused: complete already")
@@ -160,8 +160,8 @@ class _Launch:
     def _step(self, step: Step, store: RendezvousStore | None, stop: StopRequest, presence: Presence) -> Outcome:
         run = RunFolder(step.run_url, writer="launcher")
         with ExitStack() as held:
-            if run.url != self._run.url and step.kind == "teacher":
-                held.enter_context(Presence(run))  # other launches share the demo's teacher
+            if step.kind == "teacher":
+                held.enter_context(Presence(run, "Other launches share this teacher: wait until it is trained."))
             if step.config is not None:
                 self._write_config(run, step)
             logs = logs_folder(run)

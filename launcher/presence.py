@@ -58,8 +58,8 @@ def holder_of(run: RunFolder) -> Holder | None:
 class Presence:
     """Holds a run folder while it is entered; refuses where another launcher holds it."""
 
-    def __init__(self, run: RunFolder) -> None:
-        self._run = run
+    def __init__(self, run: RunFolder, advice: str = "Or start another run with --run NAME.") -> None:
+        self._run, self._advice = run, advice
         self._refreshed = 0.0
         self.step = "starting"
 
@@ -81,8 +81,7 @@ class Presence:
             if other is not None:
                 raise HeldError(
                     f"{self._run.url} is being worked on by another launcher ({other}). Watch it with `viewpoint status "
-                    f"{self._run.url}`, stop it with `viewpoint cancel {self._run.url}`, or start another with --run "
-                    f"NAME."
+                    f"{self._run.url}`, stop it with `viewpoint cancel {self._run.url}`. {self._advice}"
                 )
             self._write()  # over the note of a launcher that was killed
         return self

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -180,6 +181,16 @@ def test_a_failure_shows_the_end_of_the_log_that_says_why(here: Path, capsys: py
     assert "pretrain: failed with exit code 2 on node 0" in said
     assert "worker-0.err.log:\n    viewpoint: data.num_points is 4000" in said
     assert "the same command goes on:\n  viewpoint launch ./mine.yaml" in said
+
+
+def test_a_port_in_use_ends_a_launch_before_it_starts_anything(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = write_corpus("shapes.zarr")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        words = ["launch", recipe_file(here, store.url), "--data", store.url, "--rendezvous-port", port]
+        assert main(words) == EXIT_DO_NOT_RETRY
+    assert f"Port {port} on 127.0.0.1 is in use" in capsys.readouterr().err
+    assert RunFolder("runs/mine-1").events() == []
 
 
 @pytest.mark.slow
