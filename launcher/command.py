@@ -83,8 +83,13 @@ def node_command(
 
 
 # On the CPU every step frees and asks for the same large blocks. glibc would hand them back to the kernel and fault them in
-# again, zeroed: a third of a small student's step. The values are a GiB and four.
-_KEEP_FREED_MEMORY: Final = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+# again, zeroed: a third of a small student's step. The first two values are a GiB and four; with one arena, what one thread
+# frees serves the others.
+_KEEP_FREED_MEMORY: Final = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_ARENA_MAX": "1",
+}
 
 
 def worker_environment(machine: Machine, *, processes: int, devices: str | None, progress: Path) -> dict[str, str]:

@@ -31,6 +31,7 @@ def test_the_command_of_a_node_is_its_agent_with_the_worker_behind_it() -> None:
         "DS_ACCELERATOR": "cpu",
         "MALLOC_MMAP_THRESHOLD_": "1073741824",
         "MALLOC_TRIM_THRESHOLD_": "4294967296",
+        "MALLOC_ARENA_MAX": "1",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
     }
@@ -62,7 +63,7 @@ def test_the_shell_line_can_be_pasted() -> None:
     )
     assert command.as_shell() == (
         "VIEWPOINT_PROGRESS_DIR='p q' OMP_NUM_THREADS=2 PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu "
-        "MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 "
+        "MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_ARENA_MAX=1 "
         "python -m trainer ingest 'demo://shapes?count=8&seed=0'"
     )
 
