@@ -194,6 +194,7 @@ def test_a_port_in_use_ends_a_launch_before_it_starts_anything(here: Path, capsy
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_demo_goes_on_wherever_it_is_interrupted_and_is_reused_by_the_next_run(here: Path) -> None:
     corpus = "prepare.corpus.source=demo://shapes?count=96&seed=0"
     command = [
