@@ -8,7 +8,6 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Final, Self, Union, get_args, get_origin
 
@@ -124,6 +123,7 @@ _NOT_PART_OF_THE_IDENTITY: Final = (
     "job",
     "data.store_url",
     "data.prefetch_batches",
+    "data.memory_gib",
     "engine.zero_stage",
     "engine.max_micro_batch",
     "engine.collective_timeout_seconds",
@@ -273,7 +273,3 @@ def _models_in(annotation: Any) -> Iterable[type[BaseModel]]:
         for argument in get_args(annotation):
             yield from _models_in(argument)
 
-
-def read_config_file(path: Path) -> RunConfig:
-    """The config that a run folder or a recipe of one's own holds."""
-    return read_config(path.read_text(), name=f"config {path}", default_job=path.stem)
