@@ -5,7 +5,7 @@ from typing import Final
 from datastore.errors import MissingField, StoreError
 from datastore.layout import Store, open_store
 from launcher.plan import Facts, Goal
-from trainer.runfolder import RunFolder
+from trainer.runfolder import Record, RunFolder
 
 FEATURES_CACHED: Final = "features_cached"
 """The event in a teacher's run that says under which key a store holds its features."""
@@ -20,9 +20,19 @@ def observe(goal: Goal) -> Facts:
         teacher_trained=goal.teacher_run_url is not None and RunFolder(goal.teacher_run_url).is_finished(),
         features_ready=goal.teacher_name is None or find_features(goal, store) is not None,
         trained=frozenset(run.url for run in runs if run.is_finished()),
-        evaluated=frozenset((run.url, name) for run in runs for name in run.records()),
+        evaluated=frozenset(
+            (run.url, name) for run in runs for name, record in run.records().items() if _is_current(run, record, goal)
+        ),
         reported=RunFolder(goal.run_url).read_text("report.html") is not None,
     )
+
+
+def _is_current(run: RunFolder, record: Record, goal: Goal) -> bool:
+    """Whether a record judges this run's final weights on this store: people evaluate checkpoints and other stores too."""
+    if record["store"]["url"] != goal.store_url:
+        return False
+    end, judged = run.last_event("finished"), record["checkpoint"]
+    return bool(judged["is_random"]) or (end is not None and judged["step"] == end["step"])
 
 
 def find_store(goal: Goal) -> Store | None:

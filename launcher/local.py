@@ -238,7 +238,12 @@ def run_together(
         lasting = next(
             (child for child in children if child.exit_code in (EXIT_DO_NOT_RETRY, EXIT_ASKED_WRONGLY)), None
         )
-        return Outcome(EXIT_STOPPED) if lasting is None else Outcome(lasting.exit_code or EXIT_FAILED, lasting.name)
+        if lasting is not None:
+            return Outcome(lasting.exit_code or EXIT_FAILED, lasting.name)
+        failed = next((child for child in children if (child.exit_code or 0) > 0), None)
+        if failed is not None and EXIT_STOPPED not in codes:
+            return Outcome(failed.exit_code or EXIT_FAILED, failed.name)  # it could not save: 75 would promise that
+        return Outcome(EXIT_STOPPED)
     finally:
         for child in children:
             child.send(signal.SIGKILL)

@@ -26,17 +26,25 @@ class LaunchSpec:
 
 
 def worlds_for(*global_batches: int) -> tuple[int, ...]:
-    """Numbers of processes that share every one of these global batches evenly."""
-    smallest = min(global_batches)
-    return tuple(world for world in range(1, smallest + 1) if all(batch % world == 0 for batch in global_batches))
+    """Numbers of processes that share every one of these global batches evenly, two samples each or more.
+
+    One sample has no batch statistics.
+    """
+    return tuple(
+        world
+        for world in range(1, max(2, min(global_batches) // 2 + 1))
+        if all(batch % world == 0 for batch in global_batches)
+    )
 
 
 def check_world(layout: Layout, global_batches: dict[str, int]) -> None:
     """Refuses a number of processes that cannot share each job's global batch, which the recipe fixes."""
-    uneven = [f"{batch} of job {job!r}" for job, batch in global_batches.items() if batch % layout.world]
-    if not uneven:
-        return
     fitting = worlds_for(*global_batches.values())
+    if layout.world in fitting:
+        return
+    uneven = [
+        f"{batch} of job {job!r}" for job, batch in global_batches.items() if layout.world not in worlds_for(batch)
+    ]
     nodes = [world // layout.procs_per_node for world in fitting if world % layout.procs_per_node == 0]
     if nodes:
         with_processes = f" (with --procs-per-node {layout.procs_per_node})" if layout.procs_per_node > 1 else ""
@@ -44,6 +52,6 @@ def check_world(layout: Layout, global_batches: dict[str, int]) -> None:
     else:
         choice = f"Choose nodes times processes from {', '.join(map(str, fitting))}"
     raise AskedWrongly(
-        f"{layout.world} processes do not divide the global batch: {' and '.join(uneven)}. {choice}, or change the "
-        f"batch with --set global_batch=N."
+        f"{layout.world} processes cannot share the global batch, two samples each or more: {' and '.join(uneven)}. "
+        f"{choice}, or change the batch with --set global_batch=N."
     )

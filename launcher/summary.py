@@ -1,6 +1,6 @@
 """What a finished launch says last: the scores side by side, where things lie, how long it took, what to do next."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from datastore.progress import format_seconds
@@ -67,13 +67,23 @@ def summarise(run: RunFolder, goal: Goal, spec: LaunchSpec) -> str:
 def table(protocol: str, rows: Sequence[Row]) -> str:
     """Accuracies beside each other, and what each is to the first."""
     (own, first), *_ = rows
-    lines = [f"Linear SVM on frozen features, {protocol}: {first['num_test']:,} test shapes that no training saw"]
+    lines = [f"Linear SVM on frozen features, {protocol}: {first['num_test']:,} test shapes{_seen(first['splits'])}"]
     width = max(len(spoken(arm)) for arm, _ in rows) + 2
     for arm, record in rows:
         gain = 100 * (first["accuracy"] - record["accuracy"])
         beside = "" if record is first else f"   {own} is {abs(gain):.1f} points {'above' if gain >= 0 else 'below'}"
         lines.append(f"  {spoken(arm):<{width}}{100 * record['accuracy']:5.1f} %{beside}")
     return "\n".join(lines)
+
+
+def _seen(splits: Mapping[str, Any]) -> str:
+    """What the record can say of training on test shapes, so that the table promises nothing else."""
+    seen = [splits[key] for key in ("shared_rows", "equal_clouds", "seen_in_training")]
+    if splits["teacher_trained_on"] is not None:
+        seen.append(splits["seen_by_teacher"])
+    if None in seen:
+        return "; nothing tells whether training saw them"
+    return f"; {max(seen):,} of them were seen in training" if any(seen) else " that no training saw"
 
 
 def next_steps(run: RunFolder, goal: Goal, spec: LaunchSpec) -> list[str]:

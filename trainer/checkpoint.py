@@ -167,6 +167,7 @@ def save(engine: Engine, position: Position, folder: ObjectFolder, *, config_has
 def restore(engine: Engine, folder: ObjectFolder, *, config_hash: str) -> Restored:
     """Loads the newest checkpoint whose checksums hold; without any, a run starts at step 0. All ranks call it."""
     damaged: list[str] = []
+    unusable: list[int] = []
     steps = gather_reports(committed_steps(folder))[0]  # what rank 0 sees: listings of a busy folder may differ
     for step in reversed(steps):
         problem = ""
@@ -178,11 +179,13 @@ def restore(engine: Engine, folder: ObjectFolder, *, config_hash: str) -> Restor
             problem = str(error)
         problems = [each for each in gather_reports(problem) if each]
         if not problems:
+            if engine.world.is_first:
+                for later in unusable:  # so that these steps can be committed anew
+                    folder.remove(f"{_step_name(later)}/{_MANIFEST}")
             publish(engine)
             return Restored(Position(manifest.step, manifest.samples_seen, manifest.totals), tuple(damaged))
         damaged += problems
-        if engine.world.is_first:
-            folder.remove(f"{_step_name(step)}/{_MANIFEST}")  # so that this step can be committed anew
+        unusable.append(step)
     if damaged:
         raise DoNotRetry(
             f"No checkpoint in {folder.url} can be loaded: {'; '.join(damaged)}. Restore that folder from a copy, or "

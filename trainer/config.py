@@ -272,4 +272,3 @@ def _models_in(annotation: Any) -> Iterable[type[BaseModel]]:
     elif get_origin(annotation) in (Union, UnionType, Annotated):
         for argument in get_args(annotation):
             yield from _models_in(argument)
-

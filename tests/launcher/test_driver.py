@@ -42,7 +42,7 @@ def test_a_dry_run_prints_every_command_and_creates_nothing(here: Path, capsys: 
     assert main(["launch", "pointmcd", "--nodes", "2", "--rendezvous-port", "29400", "--dry-run"]) == EXIT_DONE
     lines = capsys.readouterr().out.splitlines()
     assert "demo profile: no --data given" in lines[0]
-    assert lines[1] == "Worlds that divide the global batch: 1, 2, 4, 8, 16, 32. This one: 2."
+    assert lines[1] == "Worlds that divide the global batch: 1, 2, 4, 8, 16. This one: 2."
     assert [line for line in lines if line[:1].isdecimal()] == [
         "1. corpus: runs in one process",
         "2. teacher: runs on 2 nodes",
@@ -103,11 +103,29 @@ def test_what_is_complete_is_seen_where_it_lies(here: Path) -> None:
     assert goal.teacher_run_url is not None
     RunFolder(goal.teacher_run_url).append_event("finished", step=1)
     RunFolder(goal.run_url).append_event("finished", step=1)
-    RunFolder(goal.arm_url("distillation_off")).write_record("svm@heldout", {"accuracy": 0.5})
+    arm = RunFolder(goal.arm_url("distillation_off"))
+    arm.append_event("finished", step=9)
+    arm.write_record("svm@heldout", scored(goal.store_url, step=9))
     facts = observe(goal)
     assert facts.teacher_trained
-    assert facts.trained == {goal.run_url}
-    assert facts.evaluated == {(goal.arm_url("distillation_off"), "svm@heldout")}
+    assert facts.trained == {goal.run_url, arm.url}
+    assert facts.evaluated == {(arm.url, "svm@heldout")}
+
+
+def scored(store_url: str, *, step: int, is_random: bool = False) -> dict[str, Any]:
+    return {"accuracy": 0.5, "store": {"url": store_url}, "checkpoint": {"step": step, "is_random": is_random}}
+
+
+def test_a_score_of_other_weights_or_another_store_is_not_the_runs_score(here: Path) -> None:
+    goal, _ = resolve(LaunchSpec("pointmcd", Layout(1)))
+    run = RunFolder(goal.run_url)
+    run.append_event("finished", step=9)
+    run.write_record("svm@heldout", scored(goal.store_url, step=4))
+    assert observe(goal).evaluated == frozenset()
+    run.write_record("svm@heldout", scored("elsewhere.zarr", step=9))
+    assert observe(goal).evaluated == frozenset()
+    run.write_record("svm@heldout.random_weights", scored(goal.store_url, step=0, is_random=True))
+    assert observe(goal).evaluated == {(run.url, "svm@heldout.random_weights")}
 
 
 def test_the_demo_reads_the_features_of_its_own_teacher_alone(here: Path) -> None:

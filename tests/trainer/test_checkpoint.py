@@ -196,6 +196,16 @@ def test_a_flipped_byte_anywhere_is_noticed_and_the_checkpoint_before_is_used(tm
     assert [step for step, _ in run_ranks(_restore_report, str(tmp_path))] == [7, 7]
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_never_starts_over_by_itself(tmp_path: Path) -> None:
+    run_ranks(_two_saves, str(tmp_path))
+    for step in (HALF, 7):
+        _flip_a_byte(tmp_path / f"step-{step:08d}" / "rank-00001-of-00002.safetensors", 20)
+    for _ in range(2):
+        for message in run_ranks(_restore_error, str(tmp_path), "abc"):
+            assert "can be loaded" in message
+    assert committed_steps(ObjectFolder(str(tmp_path))) == [HALF, 7]
+
+
 @pytest.mark.parametrize("missing", ["rank-00001-of-00002.safetensors", "rank-00000-of-00002.json"])
 def test_a_lost_file_is_noticed(missing: str, tmp_path: Path) -> None:
     run_ranks(_two_saves, str(tmp_path))
