@@ -1,0 +1,55 @@
+"""Farthest-point sampling: a few points of a cloud that lie as far from each other as can be."""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from models.ops.checks import check_clouds, check_count, check_indices, check_no_nan
+
+
+def farthest_points(
+    points: Float[Tensor, "b n 3"], num_samples: int, start: int | Int64[Tensor, " b"] = 0
+) -> Int64[Tensor, "b m"]:
+    """Indices of `num_samples` different points of each cloud, in the order chosen: first `start`, then whichever is
+    farthest from all before it, of equals the one with the lowest index.
+
+    No gradient. Differs from the papers' kernels: points near the origin are chosen like any other.
+    """
+    check_clouds("points", points)
+    check_count("num_samples", num_samples, "points", points.shape[1])
+    if isinstance(start, int):
+        if not 0 <= start < points.shape[1]:
+            raise ValueError(f"start is {start}; expected 0 to {points.shape[1] - 1}, a point of points.")
+        start = torch.full((len(points),), start, device=points.device)
+    if start.shape != (len(points),):
+        raise ValueError(f"start is {tuple(start.shape)}; expected one index for each of {len(points)} clouds.")
+    check_indices("start", start, "points", points.shape[1])
+    indices: Tensor = _farthest_points(points.detach().float(), start, num_samples)
+    return indices
+
+
+@torch.library.custom_op("viewpoint::farthest_points", mutates_args=())
+def _farthest_points(points: Tensor, start: Tensor, num_samples: int) -> Tensor:
+    """An operation of its own, so that torch.compile passes it by instead of looking inside."""
+    check_no_nan(points=points)
+    return _in_torch(points, start, num_samples)
+
+
+@_farthest_points.register_fake
+def _(points: Tensor, start: Tensor, num_samples: int) -> Tensor:
+    return start.new_empty(len(points), num_samples)
+
+
+def _in_torch(points: Tensor, start: Tensor, num_samples: int) -> Tensor:
+    """The reference: one step a sample, over all clouds at once."""
+    x, y, z = points.unbind(-1)
+    nearest = torch.full_like(x, torch.inf)
+    chosen = [start[:, None]]
+    for _ in range(num_samples - 1):
+        last = chosen[-1]
+        squared = (x - x.gather(1, last)).square()
+        squared += (y - y.gather(1, last)).square()
+        squared += (z - z.gather(1, last)).square()
+        nearest = torch.minimum(nearest, squared).scatter(1, last, -1)  # below every distance: never chosen again
+        chosen.append(nearest.argmax(dim=1, keepdim=True))
+    return torch.cat(chosen, dim=1)
