@@ -1,14 +1,15 @@
 """Students by their configs: one file a network, each with the one face of `models/encoding.py`."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from models.encoding import PointEncoder
+from models.students.curvenet import CurveNetConfig
 from models.students.pointnet import PointNetConfig
 
-StudentConfig = PointNetConfig  # a second student makes it Annotated[A | B, Field(discriminator="kind")]
+StudentConfig = Annotated[CurveNetConfig | PointNetConfig, Field(discriminator="kind")]
 
 _ADAPTER: TypeAdapter[StudentConfig] = TypeAdapter(StudentConfig)
 
