@@ -4,15 +4,28 @@ World: right-handed, +Y up, the shape inside the unit ball around the origin. A 
 stands on +Z; azimuth turns it towards +X, elevation lifts it towards +Y. Every camera looks at the origin. Camera axes:
 x right, y down, z forward. Whole pixel coordinates are pixel centres, so rounding (column, row) names the pixel; (0, 0)
 is the top left one.
+
+A point that lies at (x, y, z) in camera axes falls, in an image of s pixels a side with focal length
+f = s / (2 tan(field_of_view / 2)) pixels, at
+
+    perspective:   (column, row) = f (x, y) / z + (s - 1) / 2
+    orthographic:  (column, row) = f (x, y) / distance + (s - 1) / 2
+
+and its depth is z in both: an orthographic camera shows everything in the size that a perspective one at the same
+place, with the same field of view, shows in the plane through the origin.
+
+On the command line a rig is one word: a name, and after a question mark what shall differ from its defaults, as in
+`azimuth12?distance=2.5&fov=50`, `ring?views=8&elevations=30,-30` or `angles?at=0/30,45/-10`.
 """
 
 import math
 from collections.abc import Callable
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, Literal
 
 import numpy as np
 from jaxtyping import Float, Float32
-from pydantic import BaseModel, Field, PositiveInt, model_validator
+from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
 
 from datastore.errors import AskedWrongly
 
@@ -25,6 +38,10 @@ _DEFAULT_FIELD_OF_VIEW: Final = (
 )
 
 
+Projection = Literal["perspective", "orthographic"]
+_PROJECTIONS: Final[dict[str, Projection]] = {"perspective": "perspective", "orthographic": "orthographic"}
+
+
 class CameraRig(BaseModel, extra="forbid", frozen=True):
     """The cameras of all views, the same for every shape."""
 
@@ -33,6 +50,7 @@ class CameraRig(BaseModel, extra="forbid", frozen=True):
     elevations: tuple[float, ...]  # degrees, one per view
     distance: float = Field(default=_DEFAULT_DISTANCE, ge=MIN_DISTANCE)  # from the origin, in ball radii
     field_of_view: float = Field(default=_DEFAULT_FIELD_OF_VIEW, gt=0, lt=180)  # degrees, both ways: images are square
+    projection: Projection = "perspective"
     image_size: PositiveInt
 
     @model_validator(mode="after")
@@ -45,7 +63,7 @@ class CameraRig(BaseModel, extra="forbid", frozen=True):
             raise ValueError("azimuths must be finite")
         if not all(-90 <= elevation <= 90 for elevation in self.elevations):
             raise ValueError("elevations must lie between -90 and 90 degrees")
-        needed = 2 * math.degrees(math.asin(1 / self.distance))
+        needed = 2 * math.degrees(math.atan(_half_width_of_ball(self.distance, self.projection)))
         if self.field_of_view < needed:
             raise ValueError(
                 f"a field of view of {self.field_of_view} degrees at distance {self.distance} cuts the unit ball off: "
@@ -94,36 +112,136 @@ def project(
     # float64 inside: at float32 the rounding of (point - position) is visible in the last digit of a pixel coordinate
     in_camera = np.einsum("vij,pvj->pvi", rotations, points.astype(np.float64)[:, None] - positions)
     depth = in_camera[..., 2]
-    centre = (rig.image_size - 1) / 2
-    pixels = rig.focal_length * in_camera[..., :2] / depth[..., None] + centre
+    shrinks_with = depth[..., None] if rig.projection == "perspective" else rig.distance
+    pixels = rig.focal_length * in_camera[..., :2] / shrinks_with + (rig.image_size - 1) / 2
     return pixels.astype(np.float32), depth.astype(np.float32)
 
 
-def pixel_rays(rig: CameraRig, view: int) -> tuple[Float[np.ndarray, " 3"], Float32[np.ndarray, "h w 3"]]:
-    """Where the rays of one view start, and the unit direction through the centre of each pixel."""
+def pixel_rays(rig: CameraRig, view: int) -> tuple[Float[np.ndarray, "h w 3"], Float32[np.ndarray, "h w 3"]]:
+    """Where the ray through the centre of each pixel of one view starts, and its unit direction.
+
+    All start in the plane at depth 0: a perspective camera's in one point, an orthographic one's side by side.
+    """
     positions, rotations = camera_frames(rig)
     offsets = (np.arange(rig.image_size) - (rig.image_size - 1) / 2) / rig.focal_length
     columns, rows = np.meshgrid(offsets, offsets)
-    in_camera = np.stack([columns, rows, np.ones_like(columns)], axis=-1)
-    directions = in_camera @ rotations[view]
+    across = np.stack([columns, rows], axis=-1) @ rotations[view, :2]
+    forward = np.broadcast_to(rotations[view, 2], across.shape)
+    if rig.projection == "orthographic":
+        return positions[view] + rig.distance * across, forward.astype(np.float32)
+    directions = across + forward
     directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
-    return positions[view], directions.astype(np.float32)
+    return np.broadcast_to(positions[view], directions.shape), directions.astype(np.float32)
 
 
-def rig_by_name(name: str, image_size: int) -> CameraRig:
-    """A known rig at the given image size."""
-    if name not in _VIEW_ANGLES:
-        raise AskedWrongly(f"There is no camera rig {name!r}. Known rigs: {', '.join(sorted(_VIEW_ANGLES))}.")
-    angles = _VIEW_ANGLES[name]()
-    return CameraRig(
-        name=name,
-        azimuths=tuple(azimuth for azimuth, _ in angles),
-        elevations=tuple(elevation for _, elevation in angles),
-        image_size=image_size,
-    )
+def _half_width_of_ball(distance: float, projection: Projection) -> float:
+    """Tangent of the angle between the middle of the unit ball and its rim, as an image shows it."""
+    return 1 / math.sqrt(distance**2 - 1) if projection == "perspective" else 1 / distance
+
+
+def _default_field_of_view(distance: float, projection: Projection) -> float:
+    """The whole ball, and around it the same margin whatever the distance."""
+    if (distance, projection) == (_DEFAULT_DISTANCE, "perspective"):
+        return _DEFAULT_FIELD_OF_VIEW  # to the last digit
+    margin = math.tan(math.radians(_DEFAULT_FIELD_OF_VIEW / 2)) / _half_width_of_ball(_DEFAULT_DISTANCE, "perspective")
+    return 2 * math.degrees(math.atan(margin * _half_width_of_ball(distance, projection)))
 
 
 Angles = list[tuple[float, float]]  # azimuth, elevation
+Parameters = dict[str, str]  # as written in a rig's word
+
+
+def rig_by_name(name: str, image_size: int) -> CameraRig:
+    """The rig that a word names (the module's docstring shows some), which is also its name in a store."""
+    base, _, rest = name.partition("?")
+    if base not in _KINDS:
+        raise AskedWrongly(
+            f"There is no camera rig {base!r}. Known rigs: {', '.join(sorted(_KINDS))}; each takes parameters, as in "
+            f"'ring?views=8&elevations=30,-30' or 'azimuth12?distance=2.5&fov=50'."
+        )
+    kind = _KINDS[base]
+    given = _parameters(name, rest, (*kind.required, *kind.optional, *_COMMON_KEYS))
+    if missing := [key for key in kind.required if key not in given]:
+        raise AskedWrongly(f"Camera rig {name!r} lacks {missing[0]!r}. Write it like {kind.example!r}.")
+    asked = given.get("projection", kind.projection)
+    if asked not in _PROJECTIONS:
+        raise AskedWrongly(f"Camera rig {name!r}: projection is {' or '.join(_PROJECTIONS)}, not {asked!r}.")
+    projection = _PROJECTIONS[asked]
+    distance = _number(name, given, "distance", _DEFAULT_DISTANCE)
+    if distance < MIN_DISTANCE:
+        raise AskedWrongly(
+            f"Camera rig {name!r}: distance {distance:g} is too close; it is counted in radii of the unit ball around "
+            f"the shape, and must be {MIN_DISTANCE:g} or more."
+        )
+    angles = kind.angles(name, given)
+    try:
+        return CameraRig(
+            name=name,
+            azimuths=tuple(azimuth for azimuth, _ in angles),
+            elevations=tuple(elevation for _, elevation in angles),
+            distance=distance,
+            field_of_view=_number(name, given, "fov", _default_field_of_view(distance, projection)),
+            projection=projection,
+            image_size=image_size,
+        )
+    except ValidationError as error:
+        problems = [
+            ": ".join([*map(str, problem["loc"]), problem["msg"].removeprefix("Value error, ")])
+            for problem in error.errors()
+        ]
+        raise AskedWrongly(f"Camera rig {name!r}: {'; '.join(problems)}.") from error
+
+
+_COMMON_KEYS: Final = ("distance", "fov", "projection")
+
+
+def _parameters(name: str, text: str, known: tuple[str, ...]) -> Parameters:
+    """What stands after the question mark."""
+    given: Parameters = {}
+    for item in text.split("&") if text or name.endswith("?") else []:
+        key, equals, value = item.partition("=")
+        if key not in known:
+            raise AskedWrongly(f"Camera rig {name!r} has no parameter {key!r}. It takes {', '.join(known)}.")
+        if not equals or not value:
+            raise AskedWrongly(f"Camera rig {name!r}: {key!r} has no value; write {key}=...")
+        if key in given:
+            raise AskedWrongly(f"Camera rig {name!r} gives {key!r} twice.")
+        given[key] = value
+    return given
+
+
+def _number(name: str, given: Parameters, key: str, default: float) -> float:
+    return default if key not in given else _finite(name, key, given[key])
+
+
+def _finite(name: str, key: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise AskedWrongly(f"Camera rig {name!r}: {key} takes numbers, and {text!r} is none.")
+    return value
+
+
+def _ring(name: str, given: Parameters) -> Angles:
+    """Evenly around, once at each elevation; elevation outside, azimuth inside."""
+    if not (given["views"].isdecimal() and int(given["views"]) > 0):
+        raise AskedWrongly(f"Camera rig {name!r}: views is a whole number above zero, not {given['views']!r}.")
+    around = int(given["views"])
+    elevations = [_finite(name, "elevations", text) for text in given.get("elevations", "30").split(",")]
+    return [(360.0 / around * index, elevation) for elevation in elevations for index in range(around)]
+
+
+def _angles(name: str, given: Parameters) -> Angles:
+    """Each camera for itself."""
+    angles = []
+    for camera in given["at"].split(","):
+        azimuth, slash, elevation = camera.partition("/")
+        if not slash:
+            raise AskedWrongly(f"Camera rig {name!r}: {camera!r} is no azimuth/elevation in degrees, as in 45/-10.")
+        angles.append((_finite(name, "at", azimuth), _finite(name, "at", elevation)))
+    return angles
 
 
 def _azimuth12() -> Angles:
@@ -157,10 +275,39 @@ def _simple6() -> Angles:
     return [(0.0, 0.0), (90.0, 0.0), (180.0, 0.0), (270.0, 0.0), (0.0, 90.0), (0.0, -90.0)]
 
 
-_VIEW_ANGLES: Final[dict[str, Callable[[], Angles]]] = {
-    "azimuth12": _azimuth12,
-    "ring16": _ring16,
-    "dodecahedron20": _dodecahedron20,
-    "simple6": _simple6,
+def _axes3() -> Angles:
+    """From +X, from +Y, from +Z: the directions of I2P-MAE's three depth images."""
+    return [(90.0, 0.0), (0.0, 90.0), (0.0, 0.0)]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a rig's word may say."""
+
+    angles: Callable[[str, Parameters], Angles]
+    example: str
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    projection: Projection = "perspective"
+
+
+def _fixed(angles: Callable[[], Angles], projection: Projection = "perspective") -> _Kind:
+    """A rig whose cameras stand where its name says."""
+    name = angles.__name__.removeprefix("_")
+    return _Kind(lambda *_: angles(), f"{name}?distance=2.5&fov=50", projection=projection)
+
+
+_KINDS: Final = {
+    "azimuth12": _fixed(_azimuth12),
+    "ring16": _fixed(_ring16),
+    "dodecahedron20": _fixed(_dodecahedron20),
+    "simple6": _fixed(_simple6),
+    "axes3": _fixed(_axes3, "orthographic"),
+    "ring": _Kind(_ring, "ring?views=8&elevations=30,-30", required=("views",), optional=("elevations",)),
+    "angles": _Kind(_angles, "angles?at=0/30,45/-10", required=("at",)),
 }
-RIG_NAMES: Final = tuple(_VIEW_ANGLES)
+RIG_NAMES: Final = tuple(name for name, kind in _KINDS.items() if not kind.required)
+"""Rigs that are whole by their name."""
+
+RIG_EXAMPLES: Final = tuple(kind.example for kind in _KINDS.values() if kind.required)
+"""Words for rigs that are whole with parameters only."""

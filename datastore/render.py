@@ -30,6 +30,9 @@ _TOWARDS_KEY_LIGHT: Final = (-0.45, -0.75, -0.48)  # camera axes: right, down, f
 SURFACE_OFFSET: Final = 1e-5
 """How far above its surface a point looks for the camera, in ball radii; some 50 times the rounding of float32."""
 
+_EDGE_ON: Final = 1e-6
+"""Cosine below which a face shows the camera no side at all, and is not seen: an orthographic camera's view of a box."""
+
 _DEPTH_STEPS: Final = 65534  # uint16 less the value 0, which says that nothing was hit
 
 
@@ -108,13 +111,13 @@ def _ray_caster(mesh: Mesh) -> RayCaster:
 
 
 @lru_cache(maxsize=2)
-def _view_rays(rig: CameraRig) -> list[tuple[Float32[np.ndarray, " 3"], Float32[np.ndarray, "h w 3"]]]:
-    """Start and directions of each view's rays, scaled so that the length travelled is the depth."""
+def _view_rays(rig: CameraRig) -> list[tuple[Float32[np.ndarray, "h w 3"], Float32[np.ndarray, "h w 3"]]]:
+    """Starts and directions of each view's rays, scaled so that the length travelled is the depth."""
     rays = []
     for view, rotation in enumerate(camera_frames(rig)[1]):
-        position, directions = pixel_rays(rig, view)
+        origins, directions = pixel_rays(rig, view)
         scaled = directions / (directions @ rotation[2])[..., None]
-        rays.append((position.astype(np.float32), scaled.astype(np.float32)))
+        rays.append((origins.astype(np.float32), scaled.astype(np.float32)))
     return rays
 
 
@@ -127,16 +130,16 @@ def _images(
     depth = np.full((rig.num_views, size, size), np.inf, dtype=np.float32)
     normals, windows = face_normals(mesh), _windows(mesh, rig)
     _, rotations = camera_frames(rig)
-    for view, (position, directions) in enumerate(_view_rays(rig)):
+    for view, (origins, directions) in enumerate(_view_rays(rig)):
         left, top, right, bottom = windows[view]
         inside = directions[top:bottom, left:right].reshape(-1, 3)
-        hits = cast(np.broadcast_to(position, inside.shape), inside, output=True)
+        hits = cast(origins[top:bottom, left:right].reshape(-1, 3), inside, output=True)
         hit = np.flatnonzero(hits["primID"] >= 0)
         faces = hits["primID"][hit]
         weights = np.stack([1 - hits["u"][hit] - hits["v"][hit], hits["u"][hit], hits["v"][hit]], axis=1)
         colours = colours_at(mesh, faces, weights)
         # `take` on rows is four times as fast as indexing
-        colours *= _light(normals.take(faces, axis=0), inside.take(hit, axis=0), rotations[view])[:, None]
+        colours *= shade(normals.take(faces, axis=0), inside.take(hit, axis=0), rotations[view])[:, None]
 
         rows, columns = np.divmod(hit, right - left)
         views[view, top + rows, left + columns] = (colours + 0.5).astype(np.uint8)
@@ -167,7 +170,7 @@ def colours_at(
     return np.full((len(faces), 3), NEUTRAL_GREY, dtype=np.float32)
 
 
-def _light(
+def shade(
     normals: Float32[np.ndarray, "n 3"], directions: Float32[np.ndarray, "n 3"], rotation: Float[np.ndarray, "3 3"]
 ) -> Float32[np.ndarray, " n"]:
     """Share of the surface's colour that reaches the camera."""
@@ -191,12 +194,14 @@ def _visibility(
     own face, a sheet is seen from both sides, and a second face in the same place does not hide the first.
     """
     visibility = np.empty((len(points), rig.num_views), dtype=bool)
-    positions, _ = camera_frames(rig)
-    for view, position in enumerate(positions.astype(np.float32)):
-        facing = _dot(normals, position - points)
+    for view, position in enumerate(camera_frames(rig)[0].astype(np.float32)):
+        towards = position - points if rig.projection == "perspective" else np.broadcast_to(position, points.shape)
+        facing = _dot(normals, towards)
+        edge_on = np.abs(facing) < _EDGE_ON * rig.distance
         above = points + np.where(facing < 0, -SURFACE_OFFSET, SURFACE_OFFSET).astype(np.float32)[:, None] * normals
         # directions end at the camera: a distance of 1 is there, and what lies behind the camera hides nothing
-        visibility[:, view] = cast(above, position - above, 1.0, query="OCCLUDED") < 0
+        towards = position - above if rig.projection == "perspective" else towards
+        visibility[:, view] = (cast(above, towards, 1.0, query="OCCLUDED") < 0) & ~edge_on
     return visibility
 
 

@@ -1,6 +1,7 @@
 """Camera rigs: where they stand, and where points fall, against a slow projection written out."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,13 @@ from pydantic import ValidationError
 from datastore.cameras import RIG_NAMES, CameraRig, camera_frames, pixel_rays, project, rig_by_name
 from datastore.errors import AskedWrongly
 
-RIGS = pytest.mark.parametrize("name", RIG_NAMES)
+WITH_PARAMETERS = [
+    "azimuth12?distance=2.5&fov=50",
+    "azimuth12?projection=orthographic",
+    "ring?views=5&elevations=30,-20&distance=4",
+    "angles?at=0/30,45/-10",
+]
+RIGS = pytest.mark.parametrize("name", [*RIG_NAMES, *WITH_PARAMETERS])
 
 
 def ball_points(count: int) -> np.ndarray:
@@ -31,7 +38,8 @@ def slow_project(point: np.ndarray, rig: CameraRig, view: int) -> tuple[float, f
     down = np.cross(forward, right)
     offset = point.astype(np.float64) - position
     depth = float(offset @ forward)
-    half_width = math.tan(math.radians(rig.field_of_view / 2)) * depth  # of what the image shows at this depth
+    shown_at = depth if rig.projection == "perspective" else rig.distance
+    half_width = math.tan(math.radians(rig.field_of_view / 2)) * shown_at  # of what the image shows at this depth
     column = (float(offset @ right) / half_width + 1) / 2 * rig.image_size - 0.5
     row = (float(offset @ down) / half_width + 1) / 2 * rig.image_size - 0.5
     return column, row, depth
@@ -93,7 +101,7 @@ def test_views_from_the_poles_keep_x_to_the_right() -> None:
 
 def test_rigs_have_the_views_that_their_names_promise() -> None:
     counts = {name: rig_by_name(name, 32).num_views for name in RIG_NAMES}
-    assert counts == {"azimuth12": 12, "ring16": 16, "dodecahedron20": 20, "simple6": 6}
+    assert counts == {"azimuth12": 12, "ring16": 16, "dodecahedron20": 20, "simple6": 6, "axes3": 3}
     azimuth12 = rig_by_name("azimuth12", 32)
     assert set(azimuth12.elevations) == {30.0} and np.allclose(np.diff(azimuth12.azimuths), 30)
     ring16 = rig_by_name("ring16", 32)
@@ -116,14 +124,92 @@ def test_a_ray_through_a_points_pixel_passes_the_point(name: str) -> None:
     pixels, _ = project(point, rig)
     for view in (0, rig.num_views - 1):
         column, row = np.rint(pixels[0, view]).astype(int)
-        origin, directions = pixel_rays(rig, view)
-        to_point = point[0] - origin
+        origins, directions = pixel_rays(rig, view)
+        to_point = point[0] - origins[row, column]
         to_point /= np.linalg.norm(to_point)
         assert to_point @ directions[row, column] > 1 - 1e-6
 
 
+@RIGS
+def test_rays_start_in_the_plane_from_which_depth_is_counted(name: str) -> None:
+    rig = rig_by_name(name, 16)
+    positions, rotations = camera_frames(rig)
+    for view in range(rig.num_views):
+        origins, directions = pixel_rays(rig, view)
+        assert origins.shape == directions.shape == (16, 16, 3)
+        assert np.allclose((origins - positions[view]) @ rotations[view, 2], 0, atol=1e-12)
+        assert np.allclose(np.linalg.norm(directions, axis=-1), 1, atol=1e-6)
+
+
+def test_an_orthographic_camera_shows_near_and_far_alike() -> None:
+    rig = rig_by_name("axes3", 101)
+    pixels, depth = project(np.array([[0.9, 0.3, -0.2], [-0.9, 0.3, -0.2]], np.float32), rig)
+    from_plus_x = 0
+    assert np.array_equal(pixels[0, from_plus_x], pixels[1, from_plus_x])
+    assert depth[:, from_plus_x] == pytest.approx([2.1, 3.9])
+
+
+def test_the_three_axes_look_along_x_y_and_z() -> None:
+    rotations = camera_frames(rig_by_name("axes3", 32))[1]
+    assert np.allclose(rotations[:, 2], -np.eye(3), atol=1e-12)
+
+
+def test_parameters_say_how_a_rig_differs_and_the_word_stays_its_name() -> None:
+    word = "ring?views=8&elevations=30,-30&distance=2.5&fov=50"
+    rig = rig_by_name(word, 64)
+    assert rig.name == word
+    assert rig.azimuths == rig_by_name("ring16", 64).azimuths
+    assert rig.elevations == rig_by_name("ring16", 64).elevations
+    assert (rig.distance, rig.field_of_view, rig.projection) == (2.5, 50.0, "perspective")
+    angles = rig_by_name("angles?at=0/30,45/-10", 64)
+    assert (angles.azimuths, angles.elevations) == ((0.0, 45.0), (30.0, -10.0))
+    assert rig_by_name("simple6?projection=orthographic", 64).projection == "orthographic"
+    assert rig_by_name("axes3?projection=perspective", 64).projection == "perspective"
+
+
+def test_without_a_field_of_view_the_ball_keeps_its_margin_at_any_distance() -> None:
+    images = [rig_by_name(f"axes3?distance={distance}&projection=perspective", 200) for distance in (2, 3, 10)]
+    images += [rig_by_name(f"axes3?distance={distance}", 200) for distance in (2, 3, 10)]
+    rim = [
+        rig.focal_length / (math.sqrt(rig.distance**2 - 1) if rig.projection == "perspective" else rig.distance)
+        for rig in images
+    ]
+    assert rim == pytest.approx([rim[1]] * 6)
+    assert 0.9 < rim[0] / 100 < 0.98
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("ring", "lacks 'views'.*ring\\?views=8&elevations=30,-30"),
+        ("angles", "lacks 'at'.*angles\\?at=0/30,45/-10"),
+        ("azimuth12?", "no parameter ''.*distance, fov, projection"),
+        ("azimuth12?views=4", "no parameter 'views'.*distance, fov, projection"),
+        ("ring?views=4&dist=3", "no parameter 'dist'.*views, elevations, distance, fov, projection"),
+        ("ring?views=4&views=5", "gives 'views' twice"),
+        ("ring?views=none", "whole number above zero, not 'none'"),
+        ("ring?views=0", "whole number above zero"),
+        ("ring?views=4&elevations=30,high", "elevations takes numbers, and 'high' is none"),
+        ("ring?views=4&elevations=", "'elevations' has no value"),
+        ("ring?views=4&elevations=95", "between -90 and 90"),
+        ("angles?at=30", "'30' is no azimuth/elevation"),
+        ("angles?at=30/inf", "at takes numbers, and 'inf' is none"),
+        ("azimuth12?distance=1.5", "distance 1.5 is too close.*2 or more"),
+        ("azimuth12?distance=near", "distance takes numbers"),
+        ("azimuth12?fov", "'fov' has no value"),
+        ("azimuth12?fov=30", "cuts the unit ball off: 38.9 degrees or more"),
+        ("axes3?fov=30", "cuts the unit ball off: 36.9 degrees or more"),
+        ("azimuth12?fov=190", "field_of_view: .*less than 180"),
+        ("azimuth12?projection=fisheye", "perspective or orthographic, not 'fisheye'"),
+    ],
+)
+def test_each_mistake_in_a_rigs_word_says_what_is_wrong(word: str, message: str) -> None:
+    with pytest.raises(AskedWrongly, match=f"Camera rig '{re.escape(word)}'.*{message}"):
+        rig_by_name(word, 224)
+
+
 def test_an_unknown_rig_lists_the_known_ones() -> None:
-    with pytest.raises(AskedWrongly, match=r"no camera rig 'azimuth13'.*azimuth12, dodecahedron20, ring16, simple6"):
+    with pytest.raises(AskedWrongly, match=r"no camera rig 'azimuth13'.*axes3, azimuth12, .*ring, ring16, simple6"):
         rig_by_name("azimuth13", 224)
 
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import trimesh
 
-from datastore.cameras import CameraRig, camera_frames, pixel_rays, rig_by_name
+from datastore.cameras import RIG_NAMES, CameraRig, camera_frames, pixel_rays, rig_by_name
 from datastore.errors import DoNotRetry
 from datastore.mesh import Mesh
 from datastore.render import BACKGROUND, NEUTRAL_GREY, decode_depth, encode_depth, face_normals, render
 from datastore.sample import SurfaceSamples, sample_surface
 
-RIGS = ["azimuth12", "ring16", "dodecahedron20", "simple6"]
+RIGS = [*RIG_NAMES, "ring?views=5&elevations=20&distance=2", "angles?at=10/35,70/-80&projection=orthographic"]
 HALF = 0.5  # of the box's sides
 
 
@@ -54,8 +54,9 @@ def visibility(mesh: Mesh, samples: SurfaceSamples, rig: CameraRig) -> np.ndarra
 def faces_camera(samples: SurfaceSamples, rig: CameraRig) -> np.ndarray:
     """For a convex shape: exactly the points whose outward normal has the camera on its side are seen."""
     positions, _ = camera_frames(rig)
-    towards = positions[None] - samples.points[:, None].astype(np.float64)
-    return np.einsum("pvc,pc->pv", towards, samples.normals.astype(np.float64)) > 0
+    points = samples.points[:, None].astype(np.float64)
+    towards = positions[None] - (points if rig.projection == "perspective" else np.zeros_like(points))
+    return np.einsum("pvc,pc->pv", towards, samples.normals.astype(np.float64)) > 1e-6 * rig.distance
 
 
 @pytest.mark.parametrize("rig_name", RIGS)
@@ -151,11 +152,11 @@ def test_depth_of_a_box_agrees_with_a_ray_by_ray_reference(rig_name: str) -> Non
     rendering = render(box(), samples.points, samples.normals, rig)
     depth = decode_depth(rendering.depth, rig)
     for view in range(rig.num_views):
-        origin, directions = pixel_rays(rig, view)
+        origins, directions = pixel_rays(rig, view)
         forward = camera_frames(rig)[1][view, 2]
         for row in range(rig.image_size):
             for column in range(rig.image_size):
-                expected, margin = box_depth(origin, directions[row, column].astype(np.float64), forward)
+                expected, margin = box_depth(origins[row, column], directions[row, column].astype(np.float64), forward)
                 if margin > 1e-5:  # a ray along an edge may go either way
                     assert depth[view, row, column] == pytest.approx(expected, abs=4e-5)
     assert np.array_equal(rendering.depth == 0, (rendering.views == BACKGROUND).all(axis=-1))
