@@ -1,0 +1,213 @@
+"""Views, depth and visibility of a shape that is known by points alone: an estimate, where `render.py` is exact.
+
+Every point becomes a small disc in its tangent plane, large enough to touch its neighbours. In each pixel the nearest
+disc wins; discs that lie on it there are averaged with it by their distance from the ray, which makes one surface of
+them. Images are drawn twice as fine and reduced, so that edges are smooth; a pixel's depth is the mean over its hit
+quarters. Pixels are exact, and visibility is that of the stored points among themselves (`hidden_points.py`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int64, UInt8, UInt16
+
+from datastore.cameras import CameraRig, camera_frames
+from datastore.hidden_points import visibility_of_points
+from datastore.render import BACKGROUND, NEUTRAL_GREY, Rendering, encode_depth, pixels_of, shade
+from datastore.shape import PointCloud
+
+_FINER: Final = 2
+_NEIGHBOURS: Final = 10  # whose plane is taken for a point's tangent plane
+_SPACING_NEIGHBOUR: Final = 5
+"""A disc reaches to this nearest neighbour: of points spread by chance, fewer than one place in a hundred stays open."""
+
+_LARGEST_DISC: Final = 2.5  # times the median radius: a stray point is no wall
+_SMALLEST_DISC: Final = 0.75  # fine pixels: smaller ones would fall between
+_SAME_SURFACE: Final = 0.5  # radii behind the nearest disc, within which discs are averaged
+_FRAGMENTS_AT_ONCE: Final = 500_000  # bounds memory, whatever the cloud
+
+
+def render_cloud(cloud: PointCloud, chosen: Int64[np.ndarray, " p"], rig: CameraRig) -> Rendering:
+    """All that is rendered of a cloud inside the unit ball. Visibility and pixels are of the chosen points.
+
+    Any cloud with a point in it is drawn, be it a single one, or all in a line or in one place.
+    """
+    points = cloud.points[chosen]
+    views, depth = _images(cloud, rig)
+    return Rendering(views, depth, visibility_of_points(points, rig), pixels_of(points, rig))
+
+
+@dataclass(frozen=True)
+class _Discs:
+    """A disc for each point: where, how it lies, how large, and its colour."""
+
+    centres: Float32[np.ndarray, "n 3"]
+    normals: Float32[np.ndarray, "n 3"]
+    radii: Float32[np.ndarray, " n"]
+    colours: Float32[np.ndarray, "n 3"] | None
+
+    def __getitem__(self, chosen: np.ndarray) -> "_Discs":
+        colours = None if self.colours is None else self.colours[chosen]
+        return _Discs(self.centres[chosen], self.normals[chosen], self.radii[chosen], colours)
+
+
+def _images(cloud: PointCloud, rig: CameraRig) -> tuple[UInt8[np.ndarray, "v h w 3"], UInt16[np.ndarray, "v h w"]]:
+    """Shaded images and depth."""
+    discs = _discs(cloud)
+    fine = rig.model_copy(update={"image_size": _FINER * rig.image_size})
+    positions, rotations = camera_frames(rig)
+    views, depths = [], []
+    for position, rotation in zip(positions, rotations, strict=True):
+        turned = _Discs(
+            ((discs.centres - position) @ rotation.T).astype(np.float32),
+            (discs.normals @ rotation.T).astype(np.float32),
+            discs.radii,
+            discs.colours,
+        )
+        colours, depth = _draw(turned, fine)
+        views.append(_reduced(colours).astype(np.uint8))
+        depths.append(_reduced_depth(depth))
+    return np.stack(views), encode_depth(np.stack(depths), rig)
+
+
+def _discs(cloud: PointCloud) -> _Discs:
+    """Normals from the cloud or from the planes through neighbours, and radii from how far those are."""
+    from scipy.spatial import cKDTree
+
+    points = cloud.points.astype(np.float32)
+    places = np.unique(points, axis=0)  # points in one place would make each other's discs vanish
+    count = min(_NEIGHBOURS, len(places))
+    tree = cKDTree(places)
+    distances, neighbours = tree.query(points, k=np.arange(1, count + 1))
+    radii = distances[:, min(_SPACING_NEIGHBOUR, count - 1)].astype(np.float32)
+    radii = np.minimum(radii, _LARGEST_DISC * np.median(radii))
+    normals = _plane_normals(places, neighbours) if cloud.normals is None else cloud.normals
+    lengths = np.linalg.norm(normals, axis=1, keepdims=True)
+    return _Discs(
+        points,
+        (normals / np.where(lengths > 0, lengths, 1)).astype(np.float32),
+        radii,
+        None if cloud.colours is None else cloud.colours.astype(np.float32),
+    )
+
+
+def _plane_normals(points: Float32[np.ndarray, "n 3"], groups: Int64[np.ndarray, "m k"]) -> Float32[np.ndarray, "m 3"]:
+    """Normal of the plane that fits each group of points best, to either side."""
+    normals = np.empty((len(groups), 3), dtype=np.float32)
+    step = 65_536  # bounds memory, whatever the cloud
+    for start in range(0, len(groups), step):
+        around = points[groups[start : start + step]]
+        around -= around.mean(axis=1, keepdims=True)
+        _, axes = np.linalg.eigh(np.einsum("mki,mkj->mij", around, around))
+        normals[start : start + step] = axes[..., 0]
+    return normals
+
+
+def _draw(discs: _Discs, rig: CameraRig) -> tuple[Float32[np.ndarray, "h w 3"], Float32[np.ndarray, "h w"]]:
+    """Colours and depth of one view at the fine size; the discs are in camera axes."""
+    size = rig.image_size
+    nearest = np.full(size * size, np.inf, dtype=np.float32)
+    for _, pixels, depth, _ in _fragments(discs, rig):
+        np.minimum.at(nearest, pixels, depth)
+
+    weights = np.zeros(size * size)
+    normals, colours = np.zeros((3, size * size)), np.zeros((3, size * size))
+    for of_disc, pixels, depth, weight in _fragments(discs, rig):
+        front = np.flatnonzero(depth <= nearest[pixels] + _SAME_SURFACE * discs.radii[of_disc])
+        of_disc, pixels, weight = of_disc[front], pixels[front], weight[front]
+        weights += np.bincount(pixels, weight, size * size)
+        # normals point to either side; before they can be averaged they must all face the camera
+        facing = discs.normals[of_disc]
+        facing *= np.where(np.einsum("nc,nc->n", facing, discs.centres[of_disc]) > 0, -weight, weight)[:, None]
+        for axis in range(3):
+            normals[axis] += np.bincount(pixels, facing[:, axis], size * size)
+            if discs.colours is not None:
+                colours[axis] += np.bincount(pixels, weight * discs.colours[of_disc, axis], size * size)
+
+    hit = np.flatnonzero(weights)
+    mean_normals = (normals[:, hit] / np.maximum(np.linalg.norm(normals[:, hit], axis=0), 1e-12)).T.astype(np.float32)
+    base = np.full((len(hit), 3), NEUTRAL_GREY) if discs.colours is None else (colours[:, hit] / weights[hit]).T
+    across = np.stack(np.divmod(hit, size)[::-1], axis=1) - (size - 1) / 2
+    directions = np.concatenate([across / rig.focal_length, np.ones((len(hit), 1))], axis=1).astype(np.float32)
+    if rig.projection == "orthographic":
+        directions[:, :2] = 0
+    image = np.full((size * size, 3), BACKGROUND, dtype=np.float32)
+    image[hit] = base * shade(mean_normals, directions, np.eye(3))[:, None]
+    return image.reshape(size, size, 3), nearest.reshape(size, size)
+
+
+Fragments = tuple[
+    Int64[np.ndarray, " n"], Int64[np.ndarray, " n"], Float32[np.ndarray, " n"], Float32[np.ndarray, " n"]
+]
+"""Disc, pixel, depth there, and weight: 1 in a disc's middle and towards 0 at its rim."""
+
+
+def _fragments(discs: _Discs, rig: CameraRig) -> Iterator[Fragments]:
+    """What each disc covers, some discs at a time."""
+    size, centre = rig.image_size, (rig.image_size - 1) / 2
+    x, y, z = discs.centres.T
+    shrinks_with = z if rig.projection == "perspective" else np.full_like(z, rig.distance)
+    scale = np.float32(rig.focal_length) / shrinks_with  # fine pixels per ball radius
+    columns, rows = scale * x + centre, scale * y + centre
+    radii = np.maximum(discs.radii, _SMALLEST_DISC / scale)
+    reach = np.ceil(radii * scale * 1.1).astype(np.int64)  # discs before the middle look larger, by perspective
+    for reached in np.unique(reach):
+        of_this_size = np.flatnonzero(reach == reached)
+        steps = np.arange(-reached, reached + 1)
+        down, right = (offsets.reshape(-1) for offsets in np.meshgrid(steps, steps, indexing="ij"))
+        at_once = max(1, _FRAGMENTS_AT_ONCE // len(down))
+        for start in range(0, len(of_this_size), at_once):
+            of_disc = of_this_size[start : start + at_once, None]
+            column = np.rint(columns[of_disc]).astype(np.int64) + right
+            row = np.rint(rows[of_disc]).astype(np.int64) + down
+            depth, squared = _where_rays_meet(discs, of_disc, column, row, rig)
+            inside = squared < radii[of_disc] ** 2
+            # a disc seen edge-on is a dot at least: it would otherwise vanish between the rays
+            inside |= np.hypot(column - columns[of_disc], row - rows[of_disc]) < _SMALLEST_DISC
+            inside &= (column >= 0) & (column < size) & (row >= 0) & (row < size)
+            share = squared[inside] / np.broadcast_to(radii[of_disc] ** 2, inside.shape)[inside]
+            weight = np.square(np.maximum(1 - share, 0))
+            disc = np.broadcast_to(of_disc, inside.shape)[inside]
+            yield disc, (row * size + column)[inside], depth[inside], weight + np.float32(1e-4)
+
+
+def _where_rays_meet(
+    discs: _Discs, of_disc: Int64[np.ndarray, "n 1"], column: np.ndarray, row: np.ndarray, rig: CameraRig
+) -> tuple[Float32[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]:
+    """Depth at which a pixel's ray crosses a disc's plane, and the squared distance from the disc's centre there."""
+    x, y, z = (discs.centres[of_disc, axis] for axis in range(3))
+    along = np.stack([column, row]).astype(np.float32) - np.float32((rig.image_size - 1) / 2)
+    along /= np.float32(rig.focal_length)
+    if rig.projection == "orthographic":
+        u, v = rig.distance * along - np.stack([x, y])
+        du, dv = np.float32(0), np.float32(0)
+    else:
+        u, v = along * z - np.stack([x, y])  # at the centre's depth, the ray is so far across from it
+        du, dv = along
+    nx, ny, nz = (discs.normals[of_disc, axis] for axis in range(3))
+    slope = nx * du + ny * dv + nz
+    slope = np.where(np.abs(slope) < _LEAST_SLOPE, np.where(slope < 0, -_LEAST_SLOPE, _LEAST_SLOPE), slope)
+    ahead = -(nx * u + ny * v) / slope
+    ahead = np.clip(ahead, -discs.radii[of_disc], discs.radii[of_disc])
+    squared = np.square(u + ahead * du) + np.square(v + ahead * dv) + np.square(ahead)
+    return (z + ahead).astype(np.float32), squared.astype(np.float32)
+
+
+_LEAST_SLOPE: Final = np.float32(1e-3)
+
+
+def _reduced(fine: Float32[np.ndarray, "fh fw 3"]) -> Float32[np.ndarray, "h w 3"]:
+    height, width = (side // _FINER for side in fine.shape[:2])
+    means: Float32[np.ndarray, "h w 3"] = fine.reshape(height, _FINER, width, _FINER, 3).mean(axis=(1, 3)) + 0.5
+    return means
+
+
+def _reduced_depth(fine: Float32[np.ndarray, "fh fw"]) -> Float32[np.ndarray, "h w"]:
+    """Mean over what was hit, infinity where nothing was: a pixel has depth exactly if it shows something."""
+    quarters = fine.reshape(fine.shape[0] // _FINER, _FINER, fine.shape[1] // _FINER, _FINER)
+    hit: Bool[np.ndarray, "h 2 w 2"] = np.isfinite(quarters)
+    count = hit.sum(axis=(1, 3))
+    total = np.where(hit, quarters, 0).sum(axis=(1, 3))
+    return np.where(count > 0, total / np.maximum(count, 1), np.inf).astype(np.float32)
