@@ -48,18 +48,25 @@ def _duplicated_ids(store: Store) -> list[str]:
 
 def _problems(shape: Arrays, attributes: StoreAttributes) -> Iterator[str]:
     """What is wrong with one row."""
-    points, pixels, visibility = shape["points"], shape["pixels"], shape["visibility"]
+    points = shape["points"]
     if not np.isfinite(points).all():
         yield "some points are not finite"
         return  # nothing below could be computed
     farthest = float(np.linalg.norm(points, axis=1).max())
     if farthest > _BALL:
         yield f"a point lies at distance {farthest:.3f}, outside the unit ball"
-    lengths = np.linalg.norm(shape["normals"].astype(np.float32), axis=1)
-    if not (np.abs(lengths - 1) < _NORMAL_LENGTH_TOLERANCE).all():
-        yield f"normals have lengths from {lengths.min():.3f} to {lengths.max():.3f}, not 1"
     if not (np.isfinite(shape["centre"]).all() and 0 < shape["scale"] < np.inf):
         yield f"centre {shape['centre']} and scale {shape['scale']} lead back to nowhere"
+    if "normals" in shape:
+        lengths = np.linalg.norm(shape["normals"].astype(np.float32), axis=1)
+        if not (np.abs(lengths - 1) < _NORMAL_LENGTH_TOLERANCE).all():
+            yield f"normals have lengths from {lengths.min():.3f} to {lengths.max():.3f}, not 1"
+    yield from _label_problems(shape, attributes)
+    if attributes.rig is not None:
+        yield from _view_problems(shape, attributes, attributes.rig)
+
+
+def _label_problems(shape: Arrays, attributes: StoreAttributes) -> Iterator[str]:
     if not -1 <= shape["label"] < len(attributes.class_names):
         yield f"label {shape['label']}, with {len(attributes.class_names)} classes"
     if shape["split"] >= len(attributes.splits):
@@ -68,16 +75,30 @@ def _problems(shape: Arrays, attributes: StoreAttributes) -> Iterator[str]:
         shape["part_labels"].min() >= -1 and shape["part_labels"].max() < len(attributes.part_names)
     ):
         yield f"part labels up to {shape['part_labels'].max()}, with {len(attributes.part_names)} parts"
-    # another machine may round a coordinate that ends in a half to the other side
-    apart = np.abs(pixels.astype(np.int32) - pixels_of(points, attributes.rig))
-    if apart.max() > 1:
-        yield f"pixels differ from where the cameras see the points, by up to {apart.max()}"
+    if "num_extra_views" in shape and not 0 <= shape["num_extra_views"] <= (attributes.extra_views or 0):
+        yield f"{shape['num_extra_views']} extra views, with room for {attributes.extra_views}"
+
+
+def _view_problems(shape: Arrays, attributes: StoreAttributes, rig: CameraRig) -> Iterator[str]:
+    """What is wrong with views, depth, pixels and visibility under known cameras, as far as the store has them."""
+    points = shape["points"]
+    pixels = pixels_of(points, rig)
+    if "pixels" in shape:
+        # another machine may round a coordinate that ends in a half to the other side
+        apart = np.abs(shape["pixels"].astype(np.int32) - pixels)
+        if apart.max() > 1:
+            yield f"pixels differ from where the cameras see the points, by up to {apart.max()}"
+            return
+        pixels = shape["pixels"]
+    if "depth" not in shape:
         return
-    if (shape["views"][shape["depth"] == 0] != BACKGROUND).any():
+    if "views" in shape and (shape["views"][shape["depth"] == 0] != BACKGROUND).any():
         yield "a view shows something where its depth says that nothing was hit"
-    share = _disagreeing(points, visibility, pixels, decode_depth(shape["depth"], attributes.rig), attributes.rig)
-    if share > _MOST_DISAGREEING:
-        yield f"visibility and depth contradict each other for {100 * share:.0f} % of the points"
+    # hidden-point removal is a rule of thumb: it leaves points past the rim that no depth agrees with
+    if "visibility" in shape and attributes.visibility_from == "rays":
+        share = _disagreeing(points, shape["visibility"], pixels, decode_depth(shape["depth"], rig), rig)
+        if share > _MOST_DISAGREEING:
+            yield f"visibility and depth contradict each other for {100 * share:.0f} % of the points"
 
 
 def _disagreeing(

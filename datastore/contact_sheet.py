@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
 
-from datastore.cameras import CameraRig, camera_frames, project
-from datastore.layout import Store
+from datastore.cameras import CameraRig, camera_frames, project, rig_by_name
+from datastore.hidden_points import visibility_of_points
+from datastore.layout import Store, StoreAttributes
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
@@ -61,21 +62,26 @@ def draw_contact_sheet(store: Store, rows: Sequence[int]) -> "Image.Image":
     """The page: one line a shape."""
     from PIL import Image, ImageDraw
 
-    attributes = store.attributes
-    views = _spread_views(attributes.rig.num_views)
-    num_tiles = len(views) + 2
-    width = 2 * _MARGIN + _CAPTION + num_tiles * (_TILE + _GAP)
+    views = _spread_views(store.attributes.num_views)
+    rig = _drawing_rig(store.attributes)
+    titles = _titles(store, views)
+    width = 2 * _MARGIN + _CAPTION + len(titles) * (_TILE + _GAP)
     height = _HEADER + len(rows) * (_TILE + _GAP) + _MARGIN - _GAP
     page = Image.new("RGB", (width, height), _PAGE)
     draw = ImageDraw.Draw(page)
-    _draw_header(draw, store, views)
+    _draw_header(draw, store, titles)
     for line, row in enumerate(rows):
         top = _HEADER + line * (_TILE + _GAP)
         shape = _read_shape(store, row)
         _draw_caption(draw, shape, top)
-        tiles = [_points_tile(shape, shape.colours, attributes.rig, views[0])]
-        tiles += [Image.fromarray(shape.views[view]).resize((_TILE, _TILE), Image.Resampling.BICUBIC) for view in views]
-        tiles.append(_seen_tile(shape, attributes.rig, views[0]))
+        tiles = [_points_tile(shape, shape.colours, rig, views[0])]
+        tiles += [_image_tile(shape.views[view]) for view in views]
+        if shape.visibility is not None:
+            tiles.append(_seen_tile(shape, shape.visibility[:, views[0]], rig, views[0]))
+        if "extra_views" in store.fields:
+            tiles.append(
+                Image.new("RGB", (_TILE, _TILE), _PAGE) if shape.extra_view is None else _image_tile(shape.extra_view)
+            )
         for column, tile in enumerate(tiles):
             page.paste(tile, (_tile_left(column), top), _rounded_mask())
     return page
@@ -87,39 +93,46 @@ class _Shape:
     class_name: str
     split: str
     points: Float32[np.ndarray, "p 3"]
-    normals: Float32[np.ndarray, "p 3"]
+    normals: Float32[np.ndarray, "p 3"] | None
     colours: UInt8[np.ndarray, "p 3"]
     legend: list[tuple[str, Colour]]
     views: UInt8[np.ndarray, "v h w 3"]
-    visibility: Bool[np.ndarray, "p v"]
+    visibility: Bool[np.ndarray, "p v"] | None
+    extra_view: UInt8[np.ndarray, "h w 3"] | None
 
     @cached_property
     def spacing(self) -> float:
         """How far a point usually is from the next."""
         from scipy.spatial import cKDTree
 
-        distances, _ = cKDTree(self.points).query(self.points, k=2)
-        return float(np.median(distances[:, 1]))
+        points = np.unique(self.points, axis=0)  # a small cloud's row repeats its points
+        distances, _ = cKDTree(points).query(points, k=2)
+        return float(np.median(distances[:, 1])) if len(points) > 1 else 1.0
 
 
 def _read_shape(store: Store, row: int) -> _Shape:
     label = int(store.read("label", [row])[0])
     split = int(store.read("split", [row])[0])
     points = store.read("points", [row])[0]
+    colours = _height_colours(points)
+    legend: list[tuple[str, Colour]] = []
     if "part_labels" in store.fields:
         colours, legend = _part_colours(store.read("part_labels", [row])[0], store.part_names)
-    else:
-        colours, legend = _height_colours(points), []
+    elif "colours" in store.fields:
+        colours = store.read("colours", [row])[0]
+    optional = {name: store.read(name, [row])[0] for name in ("normals", "visibility") if name in store.fields}
+    extra = "extra_views" in store.fields and store.read("num_extra_views", [row])[0] > 0
     return _Shape(
         id=str(store.read("id", [row])[0]),
         class_name=store.class_names[label] if label >= 0 else "unlabelled",
         split=store.splits[split],
         points=points,
-        normals=store.read("normals", [row])[0].astype(np.float32),
+        normals=optional["normals"].astype(np.float32) if "normals" in optional else None,
         colours=colours,
         legend=legend,
         views=store.read("views", [row])[0],
-        visibility=store.read("visibility", [row])[0],
+        visibility=optional.get("visibility"),
+        extra_view=store.read("extra_views", [row])[0, 0] if extra else None,
     )
 
 
@@ -148,18 +161,34 @@ def _spread_views(num_views: int) -> list[int]:
     return [round(place * num_views / _NUM_VIEWS) for place in range(_NUM_VIEWS)] if num_views >= _NUM_VIEWS else [0]
 
 
+def _drawing_rig(attributes: StoreAttributes) -> CameraRig:
+    """Cameras to draw points with: the store's where it knows them, all of them with perspective."""
+    if attributes.rig is None:
+        return rig_by_name("azimuth12", _TILE * _FINER)
+    known = attributes.rig
+    return CameraRig(name="sheet", azimuths=known.azimuths, elevations=known.elevations, image_size=_TILE * _FINER)
+
+
+def _image_tile(image: UInt8[np.ndarray, "h w 3"]) -> "Image.Image":
+    from PIL import Image
+
+    return Image.fromarray(image).resize((_TILE, _TILE), Image.Resampling.BICUBIC)
+
+
 def _points_tile(shape: _Shape, colours: UInt8[np.ndarray, "p 3"], rig: CameraRig, view: int) -> "Image.Image":
     """The points that one of the rig's cameras sees, as small lit discs, the nearest on top."""
     from PIL import Image, ImageDraw
 
-    seen = shape.visibility[:, view]  # hidden points would shine through the gaps between those in front
-    points, normals, colours = shape.points[seen], shape.normals[seen], colours[seen]
-    size = _TILE * _FINER
-    shown = rig.model_copy(update={"image_size": size})
-    pixels, depth = project(points, shown)
-    towards = camera_frames(rig)[0][view] - points
-    towards /= np.linalg.norm(towards, axis=1, keepdims=True)
-    facing = np.abs((normals * towards).sum(axis=1))
+    # hidden points would shine through the gaps between those in front
+    seen = visibility_of_points(shape.points, rig.model_copy(update=_only(rig, view)))[:, 0]
+    points, colours = shape.points[seen], colours[seen]
+    size = rig.image_size
+    pixels, depth = project(points, rig)
+    facing = np.ones(len(points))
+    if shape.normals is not None:
+        towards = camera_frames(rig)[0][view] - points
+        towards /= np.linalg.norm(towards, axis=1, keepdims=True)
+        facing = np.abs((shape.normals[seen] * towards).sum(axis=1))
     near, far = rig.depth_range
     haze = np.clip((depth[:, view] - near) / (far - near), 0, 1)
     lit = colours * (0.55 + 0.45 * facing)[:, None]
@@ -168,19 +197,22 @@ def _points_tile(shape: _Shape, colours: UInt8[np.ndarray, "p 3"], rig: CameraRi
     tile = Image.new("RGB", (size, size), _CARD)
     draw = ImageDraw.Draw(tile)
     # discs just large enough that an evenly covered surface looks closed
-    radii = shape.spacing * shown.focal_length / depth[:, view]
+    radii = shape.spacing * rig.focal_length / depth[:, view]
     for point in np.argsort(-depth[:, view], kind="stable"):
         (x, y), radius = pixels[point, view], radii[point]
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=tuple(int(value) for value in lit[point]))
     return tile.resize((_TILE, _TILE), Image.Resampling.LANCZOS)
 
 
-def _seen_tile(shape: _Shape, rig: CameraRig, seeing_view: int) -> "Image.Image":
+def _only(rig: CameraRig, view: int) -> dict[str, tuple[float, ...]]:
+    return {"azimuths": (rig.azimuths[view],), "elevations": (rig.elevations[view],)}
+
+
+def _seen_tile(shape: _Shape, seen: Bool[np.ndarray, " p"], rig: CameraRig, seeing_view: int) -> "Image.Image":
     """Which points one camera sees, from another beside it: from its own place, all that can be seen is seen."""
     from PIL import ImageDraw
 
     view = _camera_beside(rig, seeing_view)
-    seen = shape.visibility[:, seeing_view]
     colours = np.where(seen[:, None], np.array(_SEEN, np.uint8), np.array(_UNSEEN, np.uint8))
     tile = _points_tile(shape, colours, rig, view)
     positions, rotations = camera_frames(rig)
@@ -205,19 +237,25 @@ def _draw_camera_mark(draw: "ImageDraw.ImageDraw", across: np.ndarray) -> None:
     draw.polygon([(float(x), float(y)) for x, y in corners], fill=_SEEN, outline=_CARD)
 
 
-def _draw_header(draw: "ImageDraw.ImageDraw", store: Store, views: Sequence[int]) -> None:
+def _titles(store: Store, views: Sequence[int]) -> list[str]:
+    """What stands above each column of tiles."""
+    coloured_by = "part" if "part_labels" in store.fields else "colour" if "colours" in store.fields else "height"
+    titles = [f"points by {coloured_by}", *(f"view {view}" for view in views)]
+    titles += [f"seen by camera {views[0]}"] if "visibility" in store.fields else []
+    return [*titles, "extra view 0"] if "extra_views" in store.fields else titles
+
+
+def _draw_header(draw: "ImageDraw.ImageDraw", store: Store, titles: Sequence[str]) -> None:
     attributes = store.attributes
     name = store.url.rstrip("/").rpartition("/")[2]
     draw.text((_MARGIN, 26), name, font=_font(26), fill=_INK)
+    made = attributes.rig.name if attributes.rig else "the source's own"
     facts = (
         f"{len(store.rows()):,} shapes · {len(store.class_names)} classes · {attributes.points_per_shape:,} points · "
-        f"{attributes.rig.num_views} views of {attributes.rig.image_size} px ({attributes.rig.name}) · "
+        f"{attributes.num_views} views of {attributes.image_size} px ({made}) · "
         f"{attributes.source_url} · {attributes.licence}"
     )
     draw.text((_MARGIN, 60), facts, font=_font(13), fill=_FAINT)
-    titles = ["points by part" if "part_labels" in store.fields else "points by height"]
-    titles += [f"view {view}" for view in views]
-    titles += [f"seen by camera {views[0]}"]
     for column, title in enumerate(titles):
         draw.text((_tile_left(column) + 2, _HEADER - 20), title, font=_font(12), fill=_FAINT)
 

@@ -12,10 +12,10 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 
@@ -23,25 +23,43 @@ from datastore.cameras import RIG_NAMES, CameraRig, rig_by_name
 from datastore.errors import EXIT_DONE, AskedWrongly, SourceError, Stopped
 from datastore.layout import (
     INGEST,
+    PointOrder,
     QuarantinedRow,
     Store,
     StoreAttributes,
     create_store,
     default_block_rows,
 )
-from datastore.process_pool import Died, ProcessPool
+from datastore.process_pool import Died, Limits, ProcessPool
 from datastore.progress import Progress, format_seconds
 from datastore.schema import INGEST_FIELDS
 from datastore.shape_row import Broken, Row, RowMaker
-from datastore.sources import ShapeReference, Source, open_source
+from datastore.sources import AXES, ReadingOptions, ShapeReference, Source, format_table, open_source
 from datastore.stopping import stop_asked
-from datastore.write import BlockWriter, OpenBlock, publish
+from datastore.write import BlockWriter, OpenBlock, publish, withdraw
 
 HELP = "turn shapes into a store: points, views, depth, visibility"
 
 _MEMORY_BUDGET_BYTES: Final = 256 * 2**20
 """For rows that wait for a slower one before them; workers rest when it is used up."""
 
+ViewsChoice = Literal["auto", "rendered", "source"]
+
+DISPENSABLE_FIELDS: Final = (
+    "normals",
+    "colours",
+    "part_labels",
+    "depth",
+    "visibility",
+    "pixels",
+    "cameras",
+    "extra_views",
+)
+
+DEFAULT_LIMIT_GIB: Final = 1.5
+"""Of memory for a worker process: what the largest of ordinary meshes need, so that one giant cannot end a run."""
+
+_NUM_POINTS: Final = 2048
 _APPEND_ROWS: Final = 16  # rows handed to the writer at a time: a chunk of most fields
 _POLL_SECONDS: Final = 0.2
 _LISTED: Final = 3
@@ -67,48 +85,106 @@ class IngestSummary:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `viewpoint ingest`."""
-    parser.add_argument(
-        "source", metavar="SOURCE", help="a folder of meshes, a mesh bundle, or demo://shapes?count=N&seed=S"
-    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"""formats, recognised by what lies at SOURCE:
+{format_table()}
+
+examples:
+  viewpoint ingest meshes/ shapes.zarr
+  viewpoint ingest ModelNet40/ s3://bucket/modelnet.zarr --points 8192 --part 0/16
+  viewpoint ingest modelnet40_ply_hdf5_2048/ clouds.zarr --image-size 128
+  viewpoint ingest "demo://shapes?count=640&seed=0" demo.zarr --rig "ring?views=8&elevations=20" """
+    parser.add_argument("source", metavar="SOURCE", help="a folder or an index, local or by URL, or demo://shapes")
     parser.add_argument("store", metavar="STORE", help="where the store lies or shall lie: a path or a URL")
-    parser.add_argument("--format", metavar="F", help="the source's format, where it is not to be guessed")
-    parser.add_argument(
-        "--rig", metavar="R", default="azimuth12", help=f"cameras: {', '.join(RIG_NAMES)} (%(default)s)"
+
+    reading = parser.add_argument_group("reading the source")
+    reading.add_argument("--format", metavar="F", help="the source's format, where it is not to be guessed")
+    reading.add_argument("--variant", metavar="V", help="which of several data sets in one folder")
+    reading.add_argument("--partial", action="store_true", help="take what is there where a data set is not whole")
+    reading.add_argument("--allow-pickle", action="store_true", help="read formats that are pickles, arrays only")
+    reading.add_argument(
+        "--up", choices=AXES, metavar="AXIS", help=f"the source's up axis: {', '.join(AXES)} (the format's)"
     )
-    parser.add_argument("--image-size", type=int, default=224, metavar="PX", help="of each view (%(default)s)")
-    parser.add_argument("--points", type=int, default=2048, metavar="N", help="on each shape (%(default)s)")
-    parser.add_argument(
+
+    making = parser.add_argument_group("making rows")
+    making.add_argument(
+        "--rig",
+        metavar="R",
+        default="azimuth12",
+        help=f"cameras: {', '.join(RIG_NAMES)}; with parameters, as in ring?views=8&elevations=30,-30 (%(default)s)",
+    )
+    making.add_argument("--image-size", type=int, default=224, metavar="PX", help="of each rendered view (%(default)s)")
+    making.add_argument(
+        "--points",
+        type=int,
+        metavar="N",
+        help=f"on each shape (as many as the source's clouds have, else {_NUM_POINTS})",
+    )
+    making.add_argument(
+        "--views",
+        choices=get_args(ViewsChoice),
+        default="auto",
+        help="render views, or take the source's own; auto takes them where it has them",
+    )
+    making.add_argument(
+        "--point-order",
+        choices=get_args(PointOrder),
+        default="farthest point",
+        help="of clouds: re-ordered so that every beginning is a good sample, or as the source has it",
+    )
+    making.add_argument(
+        "--without", metavar="FIELD,...", default="", help=f"fields to leave out: {', '.join(DISPENSABLE_FIELDS)}"
+    )
+
+    running = parser.add_argument_group("running")
+    running.add_argument(
         "--part", default="0/1", metavar="i/n", help="write only part i of n, counted from 0 (%(default)s)"
     )
-    parser.add_argument("--workers", type=int, metavar="W", help="worker processes (one a core)")
-    parser.add_argument(
+    running.add_argument("--workers", type=int, metavar="W", help="worker processes (one a core)")
+    running.add_argument(
         "--strict", action="store_true", help="fail on the first broken shape instead of leaving it out"
     )
-    parser.add_argument(
+    running.add_argument(
+        "--retry-quarantined", action="store_true", help="do those blocks again in which shapes were left out"
+    )
+    running.add_argument(
         "--limit-seconds-per-shape",
         type=float,
         default=60.0,
         metavar="S",
         help="slower ones are left out (%(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    running.add_argument(
+        "--limit-gib-per-worker",
+        type=float,
+        default=DEFAULT_LIMIT_GIB,
+        metavar="G",
+        help="shapes that need more memory are left out (%(default)s)",
+    )
+    running.add_argument("--json", action="store_true", help="print the summary as one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The exit code of `viewpoint ingest`."""
-    for option in ("image_size", "points", "workers", "limit_seconds_per_shape"):
+    for option in ("image_size", "points", "workers", "limit_seconds_per_shape", "limit_gib_per_worker"):
         value = getattr(arguments, option)
         if value is not None and not value > 0:
             raise AskedWrongly(f"--{option.replace('_', '-')} must be above zero, not {value}.")
+    options = ReadingOptions(arguments.partial, arguments.allow_pickle, arguments.variant, arguments.up)
     summary = ingest(
-        open_source(arguments.source, arguments.format),
+        open_source(arguments.source, arguments.format, options),
         arguments.store,
         rig=rig_by_name(arguments.rig, arguments.image_size),
         num_points=arguments.points,
+        views=arguments.views,
+        point_order=arguments.point_order,
+        without=[name.strip() for name in arguments.without.split(",") if name.strip()],
         part=parse_part(arguments.part),
         num_workers=arguments.workers,
         strict=arguments.strict,
+        retry_quarantined=arguments.retry_quarantined,
         seconds_per_shape=arguments.limit_seconds_per_shape,
+        gib_per_worker=arguments.limit_gib_per_worker,
     )
     print(json.dumps(_as_record(summary)) if arguments.json else describe(summary))
     return EXIT_DONE
@@ -127,11 +203,16 @@ def ingest(
     store_url: str,
     *,
     rig: CameraRig,
-    num_points: int = 2048,
+    num_points: int | None = None,
+    views: ViewsChoice = "auto",
+    point_order: PointOrder = "farthest point",
+    without: Collection[str] = (),
     part: tuple[int, int] = (0, 1),
     num_workers: int | None = None,
     strict: bool = False,
+    retry_quarantined: bool = False,
     seconds_per_shape: float = 60.0,
+    gib_per_worker: float = DEFAULT_LIMIT_GIB,
     stop: threading.Event | None = None,
 ) -> IngestSummary:
     """Writes the blocks of this part that nobody has written, and publishes them.
@@ -140,8 +221,11 @@ def ingest(
     SourceError where `strict` is asked for and a shape is broken, or where not one of all shapes could be used.
     """
     began = time.monotonic()
-    fields = _fields_of(source)
-    store = create_store(store_url, _attributes(source, rig, num_points), fields)
+    attributes = _attributes(source, rig, num_points, views, point_order)
+    fields = _fields_of(source, attributes, without)
+    store = create_store(store_url, attributes, fields)
+    if retry_quarantined:
+        _withdraw_quarantined(store, part)
     writer = BlockWriter(store, INGEST)
     pending = writer.pending(part)
     rows = [row for block in pending for row in range(*store.block_range(block))]
@@ -149,10 +233,11 @@ def ingest(
         last - first for first, last in map(store.block_range, range(part[0], store.num_blocks, part[1]))
     ) - len(rows)
     if rows:
-        maker = RowMaker(source, rig, num_points, fields)
+        limits = Limits(seconds_per_shape, int(gib_per_worker * 2**30))
+        maker = RowMaker(source, attributes, fields)
         with stop_asked(stop) as stop_event:
             try:
-                _write_rows(writer, pending, rows, maker, num_workers, strict, seconds_per_shape, resumed, stop_event)
+                _write_rows(writer, pending, rows, maker, num_workers, strict, limits, resumed, stop_event)
             finally:
                 publish(store)
     # with nothing left to write too: a writer killed between its last commit and its publishing leaves that to do
@@ -200,32 +285,94 @@ def quarantine_lines(quarantine: Sequence[QuarantinedRow]) -> list[str]:
     ]
 
 
-def _fields_of(source: Source) -> tuple[str, ...]:
-    """What the store will hold: no colours and parts where the source has none."""
-    absent = set() if source.listing.coloured else {"colours"}
-    absent |= set() if source.listing.part_names else {"part_labels"}
-    return tuple(name for name in INGEST_FIELDS if name not in absent)
+def _fields_of(source: Source, attributes: StoreAttributes, without: Collection[str]) -> tuple[str, ...]:
+    """What the store will hold: what the source and its views give, less what is not wanted."""
+    if unknown := sorted(set(without) - set(DISPENSABLE_FIELDS)):
+        raise AskedWrongly(
+            f"--without {', '.join(unknown)}: fields that can be left out are {', '.join(DISPENSABLE_FIELDS)}."
+        )
+    listing, images = source.listing, source.listing.images
+    rendered = attributes.rig is not None
+    given = {
+        "normals": listing.geometry == "mesh" or listing.with_normals,
+        "colours": listing.coloured,
+        "part_labels": bool(listing.part_names),
+        "depth": rendered,
+        "pixels": rendered,
+        "visibility": attributes.visibility_from != "nothing",
+        "cameras": not rendered and images is not None and images.with_cameras,
+        "extra_views": listing.extra_views is not None,
+        "num_extra_views": listing.extra_views is not None and "extra_views" not in without,
+        "licence": any(shape.licence for shape in listing.shapes),
+    }
+    return tuple(name for name in INGEST_FIELDS if given.get(name, True) and name not in without)
 
 
-def _attributes(source: Source, rig: CameraRig, num_points: int) -> StoreAttributes:
+def _attributes(
+    source: Source, rig: CameraRig, num_points: int | None, views: ViewsChoice, point_order: PointOrder
+) -> StoreAttributes:
     listing = source.listing
-    near, far = rig.depth_range
+    if num_points is not None and listing.num_points is not None and num_points > listing.num_points:
+        raise AskedWrongly(
+            f"{source.url} has {listing.num_points:,} points a shape, and {num_points:,} were asked for. Ask for fewer "
+            f"with --points, or leave it out."
+        )
+    if views == "source" and listing.images is None:
+        raise AskedWrongly(
+            f"{source.url} ({source.FORMAT}) brings no images to take as views. Leave out --views to render them."
+        )
+    seen: dict[str, Any]
+    if listing.images is not None and views != "rendered":
+        images = listing.images
+        seen = {
+            "num_views": images.num_views,
+            "image_size": images.image_size,
+            "views_from": "source",
+            "visibility_from": "source" if images.with_visibility else "nothing",
+        }
+    else:
+        near, far = rig.depth_range
+        is_mesh = listing.geometry == "mesh"
+        seen = {
+            "num_views": rig.num_views,
+            "image_size": rig.image_size,
+            "views_from": "rays" if is_mesh else "point splats",
+            "visibility_from": "rays" if is_mesh else "hidden-point removal",
+            "rig": rig,
+            "depth_near": near,
+            "depth_far": far,
+        }
+    if listing.extra_views is not None:
+        seen |= {
+            "extra_views": listing.extra_views.num_views,
+            "extra_image_size": listing.extra_views.image_size,
+        }
     return StoreAttributes(
         num_rows=len(listing.shapes),
-        points_per_shape=num_points,
+        points_per_shape=num_points or listing.num_points or _NUM_POINTS,
         block_rows=default_block_rows(len(listing.shapes)),
         class_names=listing.class_names,
         part_names=listing.part_names,
         splits=listing.splits,
-        rig=rig,
-        depth_near=near,
-        depth_far=far,
+        geometry=listing.geometry,
+        point_order="farthest point" if listing.geometry == "mesh" else point_order,
+        source_up_axis=listing.up_axis,
         units=listing.units,
         source_url=source.url,
         source_format=source.FORMAT,
         source_hash=listing.hash,
         licence=listing.licence,
+        **seen,
     )
+
+
+def _withdraw_quarantined(store: Store, part: tuple[int, int]) -> None:
+    """Blocks of this part that hold quarantined rows count as unfinished again, in every scope that covers them."""
+    rows = [row for rows in store.manifest.scope(INGEST).quarantine.values() for row in rows]
+    blocks = {row // store.attributes.block_rows for row in rows}
+    blocks = {block for block in blocks if block % part[1] == part[0]}
+    for scope in store.manifest.scopes if blocks else ():
+        withdraw(store, scope, sorted(blocks & set(store.manifest.scope(scope).blocks)))
 
 
 def _write_rows(
@@ -235,7 +382,7 @@ def _write_rows(
     maker: RowMaker,
     num_workers: int | None,
     strict: bool,
-    seconds_per_shape: float,
+    limits: Limits,
     resumed: int,
     stop: threading.Event,
 ) -> None:
@@ -252,7 +399,7 @@ def _write_rows(
     with (
         Progress("ingest", total, "shapes", resumed=resumed) as progress,
         _OrderedWriter(writer, blocks) as ordered,
-        ProcessPool[ShapeReference, Row | Broken](maker, num_workers, seconds_per_shape) as pool,
+        ProcessPool[ShapeReference, Row | Broken](maker, num_workers, limits) as pool,
     ):
         while next_handed < len(rows):
             if stop.is_set():

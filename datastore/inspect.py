@@ -119,7 +119,6 @@ def verify_store(store: Store) -> list[str]:
 def describe(facts: StoreFacts) -> str:
     """The facts for people."""
     attributes = facts.attributes
-    rig = attributes["rig"]
     num_shapes = facts.num_written - len(facts.quarantine)
     missing = facts.num_rows - facts.num_written
     sections = [
@@ -130,14 +129,8 @@ def describe(facts: StoreFacts) -> str:
                     ("shapes", f"{num_shapes:,}" + (f", and {missing:,} not written yet" if missing else "")),
                     ("from", f"{attributes['source_url']} ({attributes['source_format']})"),
                     ("licence", attributes["licence"]),
-                    (
-                        "points",
-                        f"{attributes['points_per_shape']:,} a shape, in the unit ball, {attributes['up_axis']} up",
-                    ),
-                    (
-                        "views",
-                        f"{len(rig['azimuths'])} of {rig['image_size']} x {rig['image_size']} px, rig {rig['name']}",
-                    ),
+                    ("points", _describe_points(attributes)),
+                    ("views", _describe_views(attributes)),
                     ("size", _bytes(sum(each.stored_bytes for each in facts.fields))),
                     ("manifest", f"{facts.manifest}, schema version {attributes['schema_version']}"),
                 ]
@@ -153,6 +146,26 @@ def describe(facts: StoreFacts) -> str:
 
         sections.append([f"In quarantine: {len(facts.quarantine):,}", *quarantine_lines(facts.quarantine)])
     return "\n\n".join("\n".join(section) for section in sections)
+
+
+def _describe_points(attributes: dict[str, Any]) -> str:
+    up, source_up = attributes["up_axis"], attributes["source_up_axis"]
+    turned = "" if source_up == up else f" (turned from {source_up})"
+    origin = "sampled from meshes" if attributes["geometry"] == "mesh" else "of the source's clouds"
+    return (
+        f"{attributes['points_per_shape']:,} a shape, {origin}, in {attributes['point_order']} order, in the unit ball, "
+        f"{up} up{turned}"
+    )
+
+
+def _describe_views(attributes: dict[str, Any]) -> str:
+    size, rig = attributes["image_size"], attributes["rig"]
+    made = "the source's own" if rig is None else f"rendered by {attributes['views_from']}, rig {rig['name']}"
+    extra = attributes["extra_views"]
+    more = f"; up to {extra} extra ones of {attributes['extra_image_size']} px from the source" if extra else ""
+    return (
+        f"{attributes['num_views']} of {size} x {size} px, {made}; visibility by {attributes['visibility_from']}{more}"
+    )
 
 
 def _counts(store: Store) -> dict[str, dict[str, int]]:

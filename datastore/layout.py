@@ -26,7 +26,7 @@ import zarr
 from jaxtyping import Int64
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from zarr.abc.codec import BytesBytesCodec
-from zarr.codecs import BloscCodec, ZstdCodec
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from datastore import schema
@@ -50,6 +50,11 @@ _ZSTD_LEVEL: Final = 3
 _LZ4_LEVEL: Final = 5
 
 
+ViewsFrom = Literal["rays", "point splats", "source"]
+VisibilityFrom = Literal["rays", "hidden-point removal", "source", "nothing"]
+PointOrder = Literal["farthest point", "source"]
+
+
 class StoreAttributes(BaseModel, extra="forbid", frozen=True):
     """What is true of the whole store, fixed when it is created."""
 
@@ -60,10 +65,19 @@ class StoreAttributes(BaseModel, extra="forbid", frozen=True):
     class_names: tuple[str, ...]
     part_names: tuple[str, ...] = ()
     splits: tuple[str, ...]  # the field `split` indexes into these
-    rig: CameraRig
-    depth_near: float  # the field `depth` is scaled to this range, in ball radii from the camera
-    depth_far: float
+    num_views: PositiveInt
+    image_size: PositiveInt
+    views_from: ViewsFrom
+    visibility_from: VisibilityFrom
+    rig: CameraRig | None = None  # None: the views are the source's own, and so are their cameras
+    depth_near: float | None = None  # the field `depth` is scaled to this range, in ball radii from the camera
+    depth_far: float | None = None
+    extra_views: PositiveInt | None = None  # at most so many of a shape
+    extra_image_size: PositiveInt | None = None
+    geometry: Literal["mesh", "points"] = "mesh"  # what the points were sampled from
+    point_order: PointOrder = "farthest point"
     up_axis: Literal["+Y"] = "+Y"
+    source_up_axis: str = "+Y"  # what was up in the source, and was turned to +Y
     normalisation: Literal["unit ball"] = "unit ball"
     units: str = "unknown"  # of the source's coordinates, which `centre` and `scale` lead back to
     source_url: str
@@ -76,6 +90,11 @@ class StoreAttributes(BaseModel, extra="forbid", frozen=True):
         if self.block_rows & (self.block_rows - 1):
             raise ValueError(
                 f"block_rows must be a power of two, so that shards divide blocks; it is {self.block_rows}"
+            )
+        if self.rig is not None and (self.rig.num_views, self.rig.image_size) != (self.num_views, self.image_size):
+            raise ValueError(
+                f"{self.num_views} views of {self.image_size} pixels, but the rig has {self.rig.num_views} of "
+                f"{self.rig.image_size}"
             )
         if len(self.splits) >= schema.QUARANTINED:
             raise ValueError(f"{len(self.splits)} splits: at most {schema.QUARANTINED - 1} fit the field")
@@ -183,13 +202,14 @@ class StoredField:
         return "/".join([self.path, "c", str(shard), *("0" for _ in self.row_shape)])
 
     def compressors(self) -> tuple[BytesBytesCodec, ...]:
-        """The codecs behind `field.codec`."""
+        """The codecs behind `field.codec`, and a checksum of each chunk, which any zarr reader verifies."""
         if self.field.codec == "none":
-            return ()
+            return (Crc32cCodec(),)
         if self.field.codec == "zstd":
-            return (ZstdCodec(level=_ZSTD_LEVEL),)
+            return ZstdCodec(level=_ZSTD_LEVEL), Crc32cCodec()
         item_bytes = np.dtype(self.stored_dtype).itemsize
-        return (BloscCodec(cname="lz4", clevel=_LZ4_LEVEL, shuffle="bitshuffle", typesize=item_bytes),)
+        blosc = BloscCodec(cname="lz4", clevel=_LZ4_LEVEL, shuffle="bitshuffle", typesize=item_bytes)
+        return blosc, Crc32cCodec()
 
     def metadata_document(self) -> bytes:
         """The array's `zarr.json`: the same bytes whoever writes it."""
@@ -203,7 +223,7 @@ class StoredField:
             dtype=self.stored_dtype,
             shards=(self.shard_rows, *self.stored_row_shape),
             chunks=(self.chunk_rows, *self.stored_row_shape),
-            compressors=self.compressors() or None,
+            compressors=self.compressors(),
             fill_value=self.fill_value,
             attributes=attributes,
         )
@@ -293,8 +313,7 @@ class Store:
     @property
     def corpus_facts(self) -> CorpusFacts:
         """What sizes a network."""
-        rig = self.attributes.rig
-        return CorpusFacts(self.class_names, rig.num_views, rig.image_size, self.part_names)
+        return CorpusFacts(self.class_names, self.attributes.num_views, self.attributes.image_size, self.part_names)
 
     @property
     def num_blocks(self) -> int:
@@ -472,8 +491,9 @@ class Store:
         return FsspecStore.from_url(self.url, read_only=True)
 
     def _ingest_row_shape(self, name: str) -> tuple[int, ...]:
-        rig = self.attributes.rig
-        sizes = {"p": self.attributes.points_per_shape, "v": rig.num_views, "h": rig.image_size, "w": rig.image_size}
+        facts = self.attributes
+        sizes = {"p": facts.points_per_shape, "v": facts.num_views, "h": facts.image_size, "w": facts.image_size}
+        sizes |= {"e": facts.extra_views or 0, "s": facts.extra_image_size or 0}
         return tuple(sizes[axis] if axis in sizes else int(axis) for axis in schema.FIELDS[name].axes)
 
     def _stored_field(self, name: str, path: str, scope: str, row_shape: tuple[int, ...]) -> StoredField:

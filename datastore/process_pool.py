@@ -1,6 +1,7 @@
 """Work in processes of its own: a task that crashes, runs out of memory or never ends costs one result, not the run."""
 
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,14 @@ class Died:
     reason: str
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What one task may take; a task that takes more ends without a result."""
+
+    seconds: float
+    memory_bytes: int  # of the process that it runs in, all told
+
+
 class ProcessPool(Generic[Task, Result]):
     """Runs `work` on tasks in processes, one task a process at a time.
 
@@ -39,10 +48,10 @@ class ProcessPool(Generic[Task, Result]):
     raised there too; anything else that it raises ends its process, with a traceback, and only that task.
     """
 
-    def __init__(self, work: Callable[[Task], Result], num_workers: int, seconds_per_task: float) -> None:
+    def __init__(self, work: Callable[[Task], Result], num_workers: int, limits: Limits) -> None:
         self._work = work
-        self._seconds_per_task = seconds_per_task
-        self._workers = [_Worker(work) for _ in range(num_workers)]
+        self._limits = limits
+        self._workers = [_Worker(work, limits.memory_bytes) for _ in range(num_workers)]
 
     def __enter__(self) -> Self:
         return self
@@ -81,8 +90,8 @@ class ProcessPool(Generic[Task, Result]):
                         found.append((worker.key, message))
                         worker.key = None
                     continue
-            elif worker.is_ready and worker.busy_seconds > self._seconds_per_task:
-                reason = f"took longer than {self._seconds_per_task:g} s"
+            elif worker.is_ready and worker.busy_seconds > self._limits.seconds:
+                reason = f"took longer than {self._limits.seconds:g} s"
             if reason is not None:
                 worker.end()
                 if not worker.is_ready:
@@ -91,17 +100,19 @@ class ProcessPool(Generic[Task, Result]):
                     )
                 if worker.key is not None:
                     found.append((worker.key, Died(reason)))
-                self._workers[index] = _Worker(self._work)
+                self._workers[index] = _Worker(self._work, self._limits.memory_bytes)
         return found
 
 
 class _Worker:
     """One process and the task that it is at."""
 
-    def __init__(self, work: Callable[[Task], Result]) -> None:
+    def __init__(self, work: Callable[[Task], Result], memory_bytes: int) -> None:
         context = get_context("spawn")  # a fork would copy locks that threads of this process hold at that moment
         self.connection, theirs = context.Pipe()
-        self.process: SpawnProcess = context.Process(target=_work_until_closed, args=(theirs, work), daemon=True)
+        self.process: SpawnProcess = context.Process(
+            target=_work_until_closed, args=(theirs, work, memory_bytes), daemon=True
+        )
         with _as_workers_need_it():
             self.process.start()
         theirs.close()  # else the end of the process would not show as the end of the pipe
@@ -160,8 +171,11 @@ def _as_workers_need_it() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _work_until_closed(connection: Connection, work: Callable[[Task], Result]) -> None:
+def _work_until_closed(connection: Connection, work: Callable[[Task], Result], memory_bytes: int) -> None:
     """The whole life of a worker process: it ends with the pipe, so it never outlives its parent."""
+    # counts what the process has written to or may write to, shared libraries aside: Python says MemoryError at the
+    # limit, and the machine never has to choose a process to kill
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     with connection:  # closed before a traceback is printed, so that the time this takes is not the task's
         try:
             connection.send(_Ready())

@@ -21,7 +21,7 @@ from datastore.layout import Store, StoredField
 from datastore.schema import Codec
 
 _INDEX_ENTRY: Final = np.dtype([("offset", "<u8"), ("length", "<u8")])
-_INDEX_SUM_BYTES: Final = 4
+_CHECKSUM_BYTES: Final = 4
 _READS: Final = 2
 """Transfers go wrong more often than disks do: what does not match its checksum is read once more before it counts."""
 
@@ -103,7 +103,8 @@ class ShardReader:
                     f"{self._folder.url}/{name} holds no rows {chunk * stored.chunk_rows} and following, which its "
                     f"manifest says it does. Ingest the source again into a new store."
                 )
-            encoded = memoryview(content)[offset : offset + length]
+            # the chunk's own checksum, its last bytes, repeats what the whole object's has shown
+            encoded = memoryview(content)[offset : offset + length - _CHECKSUM_BYTES]
             if whole_rows and end - start == stored.chunk_rows:
                 self._decode_chunk(encoded, result[start:end])
                 continue
@@ -115,7 +116,7 @@ class ShardReader:
 
     def _index(self, content: bytes) -> np.ndarray:
         num_chunks = self.stored.shard_rows // self.stored.chunk_rows
-        start = len(content) - _INDEX_SUM_BYTES - num_chunks * _INDEX_ENTRY.itemsize
+        start = len(content) - _CHECKSUM_BYTES - num_chunks * _INDEX_ENTRY.itemsize
         return np.frombuffer(content, _INDEX_ENTRY, num_chunks, offset=start)
 
     def _decode_chunk(self, encoded: memoryview, target: np.ndarray) -> None:

@@ -236,7 +236,7 @@ class _ShardBuilder:
             shape=shape,
             dtype=self.stored.stored_dtype,
             chunks=shape,
-            compressors=self.stored.compressors() or None,
+            compressors=self.stored.compressors(),
             fill_value=self.stored.fill_value,
             # a chunk of nothing but fill values is data too: left out, it could not be told from a lost one
             config={"write_empty_chunks": True},

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from datastore.schema import SCHEMA_VERSION
 from trainer.config import CorpusConfig, RunConfig
 from trainer.evaluate import RANDOM_WEIGHTS
 
@@ -91,8 +92,11 @@ def record_name(protocol: str, *, random: bool) -> str:
 
 
 def corpus_folder(corpus: CorpusConfig) -> str:
-    """The name of the store that a corpus is ingested into: the same settings find the same store."""
-    return f"corpus-{_digest(corpus.model_dump(mode='json'))}.zarr"
+    """The name of the store that a corpus is ingested into: the same settings find the same store.
+
+    Another schema is another store: an upgrade makes the corpus anew beside the one that it could not read.
+    """
+    return f"corpus-{_digest([corpus.model_dump(mode='json'), SCHEMA_VERSION])}.zarr"
 
 
 def teacher_folder(teacher: RunConfig, store_url: str) -> str:

@@ -187,7 +187,7 @@ def cache(
         teacher=attributes.key,
         fields=fields,
         rows=rows,
-        images=rows * store.attributes.rig.num_views,
+        images=rows * store.attributes.num_views,
         seconds=time.monotonic() - began,
         is_complete=attributes.key in open_store(store.url).teachers,
     )
@@ -294,7 +294,7 @@ def teacher_attributes(
     from datastore.layout import TeacherAttributes
 
     mean, std = (tuple(float(value) for value in values.flatten()) for values in (teacher.mean, teacher.std))
-    sizes = {"view_features": (store.attributes.rig.num_views, teacher.descriptor_width)}
+    sizes = {"view_features": (store.attributes.num_views, teacher.descriptor_width)}
     try:
         return TeacherAttributes(
             name=name,
@@ -381,7 +381,7 @@ def _write_blocks(
             _refuse_overflow(features, writer, each.first)
             opened.append({"view_features": features})
             done += each.end - each.first
-            progress.update(done, **{"images/s": progress.rate * store.attributes.rig.num_views})
+            progress.update(done, **{"images/s": progress.rate * store.attributes.num_views})
             if each.closes_block:
                 opened.commit()
                 opened, committed = None, done

@@ -137,8 +137,8 @@ def _store_facts(store_url: str | None) -> dict[str, Any]:
         "num_shapes": attributes.num_rows,
         "num_classes": len(attributes.class_names),
         "points_per_shape": attributes.points_per_shape,
-        "num_views": attributes.rig.num_views,
-        "image_size": attributes.rig.image_size,
+        "num_views": attributes.num_views,
+        "image_size": attributes.image_size,
         "licence": attributes.licence,
     }
 

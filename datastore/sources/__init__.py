@@ -1,18 +1,21 @@
-"""Where shapes come from: one file a format, all with one face. A new one is a file and a line in `open_source`."""
+"""Where shapes come from: one file a format, all with one face. A new one is a file and a line in `_formats`."""
 
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar, Protocol, Self
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Final, Literal, Protocol, Self, get_args
 
 from datastore.errors import AskedWrongly, SourceError
-from datastore.mesh import Mesh
+from datastore.shape import Shape
+from datastore.sources.files import SourceFiles
+
+Axis = Literal["+X", "-X", "+Y", "-Y", "+Z", "-Z"]
+AXES: Final[tuple[Axis, ...]] = get_args(Axis)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShapeReference:
     """One shape of a source, by name: light enough to list millions and to hand to another process."""
 
@@ -20,6 +23,17 @@ class ShapeReference:
     label: int  # index into class_names; -1 unlabelled
     split: str
     place: str  # where the source finds it: a path below its root, a row
+    licence: str = ""  # of this shape, where the source says; else the listing's
+
+
+@dataclass(frozen=True)
+class SourceImages:
+    """The images that a source has of each of its shapes, all of one size."""
+
+    num_views: int
+    image_size: int  # they are square
+    with_visibility: bool = False  # which points of the cloud each one sees
+    with_cameras: bool = False
 
 
 @dataclass(frozen=True)
@@ -29,8 +43,14 @@ class Listing:
     shapes: Sequence[ShapeReference]
     class_names: tuple[str, ...]
     splits: tuple[str, ...]
+    geometry: Literal["mesh", "points"] = "mesh"  # what `load` gives of every shape
+    num_points: int | None = None  # of each cloud, where all have the same number
     part_names: tuple[str, ...] = ()
     coloured: bool = False
+    with_normals: bool = False  # the clouds have; meshes always do
+    images: SourceImages | None = None  # every shape has them, in place of rendered views
+    extra_views: SourceImages | None = None  # shapes have up to so many, beside rendered views
+    up_axis: Axis = "+Y"
     units: str = "unknown"
     licence: str = "unknown"
     content: str = (
@@ -56,6 +76,10 @@ class Listing:
                     f"{shape.id!r} is in split {shape.split!r}, which is none of {', '.join(self.splits)}"
                 )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # worker processes get their shapes one by one; a list of millions would fill each one's memory
+        return {**self.__dict__, "shapes": ()}
+
     @property
     def hash(self) -> str:
         """Tells this list from every other: names, order, labels, splits and what is known of the content."""
@@ -63,6 +87,16 @@ class Listing:
         for shape in self.shapes:
             digest.update(json.dumps([shape.id, shape.label, shape.split, shape.place]).encode())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """What a person may say about a source, whatever its format."""
+
+    partial: bool = False  # fewer shapes than the format promises are fine
+    allow_pickle: bool = False  # read pickles, with an unpickler that knows arrays and lists only
+    variant: str | None = None  # which of several data sets that lie in one folder
+    up_axis: Axis | None = None  # instead of the format's own
 
 
 class Source(Protocol):
@@ -75,16 +109,16 @@ class Source(Protocol):
     listing: Listing
 
     @classmethod
-    def recognises(cls, url: str) -> bool:
+    def recognises(cls, files: SourceFiles) -> bool:
         """Whether what lies at the URL looks like this format; a glance, not a check."""
         ...
 
     @classmethod
-    def open(cls, url: str) -> Self:
+    def open(cls, files: SourceFiles, options: ReadingOptions) -> Self:
         """The source at a URL, listed. SourceError where it is not what its format promises."""
         ...
 
-    def load(self, shape: ShapeReference) -> Mesh:
+    def load(self, shape: ShapeReference) -> Shape:
         """One shape. ShapeError where it cannot be read."""
         ...
 
@@ -93,58 +127,58 @@ class ShapeError(SourceError):
     """One shape cannot be used; the message says why, and whoever asked knows which. The others may be fine."""
 
 
-def open_source(url: str, format_name: str | None = None) -> Source:
+def open_source(url: str, format_name: str | None = None, options: ReadingOptions | None = None) -> Source:
     """The source at a URL, in the format named, or in the first that recognises it."""
-    from datastore.sources.demo import DemoSource
-    from datastore.sources.mesh_bundle import MeshBundle
-    from datastore.sources.mesh_folder import MeshFolder
-
-    # the folder comes last: it takes whatever holds a mesh file somewhere
-    formats: tuple[type[Source], ...] = (DemoSource, MeshBundle, MeshFolder)
+    formats = _formats()
+    options = options or ReadingOptions()
+    files = SourceFiles(url)
     if format_name is not None:
         by_name = {source.FORMAT: source for source in formats}
         if format_name not in by_name:
             raise AskedWrongly(f"There is no format {format_name!r}. Known formats:\n{_table(formats)}")
-        return by_name[format_name].open(url)
-    for source in formats:
-        if source.recognises(url):
-            return source.open(url)
-    raise SourceError(f"{url}: {_what_lies_at(url)} Known formats:\n{_table(formats)}\n--format F skips this guess.")
+        chosen = by_name[format_name]
+    else:
+        recognised = (source for source in formats if source.recognises(files))
+        found = next(recognised, None)
+        if found is None:
+            raise SourceError(
+                f"{url}: {files.describe()} Known formats:\n{_table(formats)}\n--format F skips this guess."
+            )
+        chosen = found
+    try:
+        source = chosen.open(files, options)
+    except ShapeError:
+        raise
+    except SourceError as error:
+        # messages of a listing do not know where it came from
+        raise error if url in str(error) else SourceError(f"{url}: {error}.") from error
+    if options.up_axis is not None:
+        source.listing = replace(source.listing, up_axis=options.up_axis)
+    return source
 
 
-def local_folder(url: str) -> Path | None:
-    """The folder that a URL names; None where it names none on a local disk."""
-    if "://" in url and not url.startswith("file://"):
-        return None
-    path = Path(url.removeprefix("file://"))
-    return path if path.is_dir() else None
+def require_count(what: str, found: int, promised: int, options: ReadingOptions) -> None:
+    """SourceError where a data set of a known size is not whole, unless a part of it was asked for."""
+    if found != promised and not options.partial:
+        raise SourceError(
+            f"{what}: {found:,} found, and the data set has {promised:,}. Fetch what is missing, or say --partial to take what is there"
+        )
 
 
-def require_local_folder(url: str) -> Path:
-    """The folder that a URL names. SourceError where it names none on a local disk."""
-    folder = local_folder(url)
-    if folder is None:
-        raise SourceError(f"{url}: {_what_lies_at(url)} This format is a folder on a local disk.")
-    return folder
+def _formats() -> tuple[type[Source], ...]:
+    """Every format, in the order in which they are tried: those with a telling file first, bare folders last."""
+    from datastore.sources.demo import DemoSource
+    from datastore.sources.mesh_bundle import MeshBundle
+    from datastore.sources.mesh_folder import MeshFolder
+
+    return (DemoSource, MeshBundle, MeshFolder)
 
 
-def _what_lies_at(url: str) -> str:
-    """A sentence about what is there, for somebody who expected something else."""
-    if "://" in url and not url.startswith("file://"):
-        return "sources are read from local disk, and this is a remote URL; copy it here or mount it."
-    path = Path(url.removeprefix("file://"))
-    if not path.exists():
-        parent = next(parent for parent in path.absolute().parents if parent.exists())
-        return f"nothing is there (the path exists up to {parent})."
-    if path.is_file():
-        return "this is a file; a source is the folder that holds the shapes."
-    names = sorted(entry.name for entry in path.iterdir())
-    if not names:
-        return "the folder is empty."
-    return (
-        f"no known format; the folder holds {', '.join(names[:6])}{f' and {len(names) - 6} more' if names[6:] else ''}."
-    )
+def format_table() -> str:
+    """Every format and what it looks like, for people."""
+    return _table(_formats())
 
 
 def _table(formats: Sequence[type[Source]]) -> str:
-    return "\n".join(f"  {source.FORMAT:<12} {source.LOOKS_LIKE}" for source in formats)
+    width = max(len(source.FORMAT) for source in formats)
+    return "\n".join(f"  {source.FORMAT:<{width}}  {source.LOOKS_LIKE}" for source in formats)

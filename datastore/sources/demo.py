@@ -5,7 +5,9 @@ from typing import ClassVar, Self
 
 from datastore.demo import CLASS_NAMES, LICENCE, PART_NAMES, demo_mesh, demo_shapes, parse_demo_url
 from datastore.mesh import Mesh
-from datastore.sources import Listing, ShapeReference
+from datastore.shape import Shape
+from datastore.sources import Listing, ReadingOptions, ShapeReference
+from datastore.sources.files import SourceFiles
 
 
 class DemoSource:
@@ -20,14 +22,14 @@ class DemoSource:
         self._spec = parse_demo_url(url)
 
     @classmethod
-    def recognises(cls, url: str) -> bool:
+    def recognises(cls, files: SourceFiles) -> bool:
         """Whether the URL says so itself."""
-        return url.startswith("demo://")
+        return files.url.startswith("demo://")
 
     @classmethod
-    def open(cls, url: str) -> Self:
+    def open(cls, files: SourceFiles, options: ReadingOptions) -> Self:
         """The corpus, listed. AskedWrongly where the URL asks for what it does not have."""
-        spec = parse_demo_url(url)
+        spec = parse_demo_url(files.url)
         listing = Listing(
             shapes=[
                 ShapeReference(shape_id, label, split, str(index))
@@ -42,11 +44,11 @@ class DemoSource:
             # a corpus made by another version of its generator is another corpus: the first shape of each class tells
             content=" ".join(_checksum(demo_mesh(spec, index)) for index in range(min(spec.count, len(spec.classes)))),
         )
-        return cls(url, listing)
+        return cls(files.url, listing)
 
-    def load(self, shape: ShapeReference) -> Mesh:
+    def load(self, shape: ShapeReference) -> Shape:
         """One shape of the corpus."""
-        return demo_mesh(self._spec, int(shape.place))
+        return Shape(demo_mesh(self._spec, int(shape.place)))
 
 
 def _checksum(mesh: Mesh) -> str:

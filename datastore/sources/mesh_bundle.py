@@ -14,7 +14,9 @@ from jaxtyping import Int64
 
 from datastore.errors import SourceError
 from datastore.mesh import Mesh
-from datastore.sources import Listing, ShapeReference, local_folder, require_local_folder
+from datastore.shape import Shape
+from datastore.sources import Listing, ReadingOptions, ShapeReference
+from datastore.sources.files import SourceFiles
 
 _INDEX: Final = "index.csv"
 _MESHES: Final = "meshes.npz"
@@ -33,17 +35,17 @@ class MeshBundle:
         self.listing = listing
 
     @classmethod
-    def recognises(cls, url: str) -> bool:
+    def recognises(cls, files: SourceFiles) -> bool:
         """Whether both files are there."""
-        folder = local_folder(url)
-        return folder is not None and (folder / _INDEX).is_file() and (folder / _MESHES).is_file()
+        return {_INDEX, _MESHES} <= set(files.entries())
 
     @classmethod
-    def open(cls, url: str) -> Self:
+    def open(cls, files: SourceFiles, options: ReadingOptions) -> Self:
         """The bundle, with as many meshes as its index has rows."""
-        folder = require_local_folder(url)
-        if missing := [name for name in (_INDEX, _MESHES) if not (folder / name).is_file()]:
+        url = files.url
+        if missing := [name for name in (_INDEX, _MESHES) if not files.exists(name)]:
             raise SourceError(f"{url}: a mesh bundle has {_INDEX} and {_MESHES}; missing: {', '.join(missing)}.")
+        folder = files.local_path("")
         rows = _read_index(folder / _INDEX)
         with _open_arrays(folder / _MESHES) as arrays:
             starts, checksums = _read_starts(arrays, folder / _MESHES), _checksums(arrays)
@@ -57,33 +59,30 @@ class MeshBundle:
         label_of = {"": -1} | {name: label for label, name in enumerate(class_names)}
         splits = {row["split"] for row in rows}
         licences = sorted({row["licence"] for row in rows if row.get("licence")})
-        try:
-            listing = Listing(
-                shapes=[
-                    ShapeReference(row["id"], label_of[row["class"]], row["split"], str(place))
-                    for place, row in enumerate(rows)
-                ],
-                class_names=class_names,
-                splits=(*(name for name in _SPLIT_ORDER if name in splits), *sorted(splits - set(_SPLIT_ORDER))),
-                licence=", ".join(licences) or "unknown",
-                content=checksums,
-            )
-        except SourceError as error:
-            raise SourceError(f"{url}: {error}.") from None
+        listing = Listing(
+            shapes=[
+                ShapeReference(row["id"], label_of[row["class"]], row["split"], str(place))
+                for place, row in enumerate(rows)
+            ],
+            class_names=class_names,
+            splits=(*(name for name in _SPLIT_ORDER if name in splits), *sorted(splits - set(_SPLIT_ORDER))),
+            licence=", ".join(licences) or "unknown",
+            content=checksums,
+        )
         return cls(url, listing)
 
-    def load(self, shape: ShapeReference) -> Mesh:
+    def load(self, shape: ShapeReference) -> Shape:
         """One mesh of the bundle."""
         vertices, faces, vertex_starts, face_starts = self._arrays
         row = int(shape.place)
-        return Mesh(
-            vertices[vertex_starts[row] : vertex_starts[row + 1]], faces[face_starts[row] : face_starts[row + 1]]
+        return Shape(
+            Mesh(vertices[vertex_starts[row] : vertex_starts[row + 1]], faces[face_starts[row] : face_starts[row + 1]])
         )
 
     @cached_property
     def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """All meshes, in memory: compressed as they are, any one of them costs reading all before it."""
-        path = require_local_folder(self.url) / _MESHES
+        path = SourceFiles(self.url).local_path(_MESHES)
         with _open_arrays(path) as arrays:
             starts = _read_starts(arrays, path)
             try:

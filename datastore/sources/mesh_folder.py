@@ -1,8 +1,7 @@
 """A tree of mesh files, one a shape, whose folders name class and split."""
 
 import struct
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 import numpy as np
@@ -11,7 +10,9 @@ from jaxtyping import UInt8
 from datastore.errors import SourceError
 from datastore.mesh import Mesh
 from datastore.render import NEUTRAL_GREY
-from datastore.sources import Listing, ShapeError, ShapeReference, local_folder, require_local_folder
+from datastore.shape import Shape
+from datastore.sources import Listing, ReadingOptions, ShapeError, ShapeReference
+from datastore.sources.files import SourceFiles
 
 if TYPE_CHECKING:
     import trimesh
@@ -43,57 +44,44 @@ class MeshFolder:
         self.listing = listing
 
     @classmethod
-    def recognises(cls, url: str) -> bool:
+    def recognises(cls, files: SourceFiles) -> bool:
         """Whether there is a mesh file somewhere below."""
-        folder = local_folder(url)
-        return folder is not None and next(_mesh_files(folder), None) is not None
+        return bool(files.walk(MESH_SUFFIXES))
 
     @classmethod
-    def open(cls, url: str) -> Self:
+    def open(cls, files: SourceFiles, options: ReadingOptions) -> Self:
         """The folder, listed in the order of its sorted paths."""
-        root = require_local_folder(url)
-        files = sorted((path.relative_to(root).as_posix(), path) for path in _mesh_files(root))
-        if not files:
-            raise SourceError(f"{url}: no file below it ends in {' '.join(MESH_SUFFIXES)}.")
-        found = [(_class_and_split(place), place) for place, _ in files]
+        listed = files.walk(MESH_SUFFIXES)
+        if not listed:
+            raise SourceError(f"{files.url}: {files.describe()} No file below it ends in {' '.join(MESH_SUFFIXES)}.")
+        found = [(_class_and_split(file.path), file.path) for file in listed]
         class_names = tuple(sorted({class_name for (class_name, _), _ in found} - {""}))
         label_of = {"": -1} | {name: label for label, name in enumerate(class_names)}
         splits = {split for (_, split), _ in found}
-        try:
-            listing = Listing(
-                shapes=[
-                    ShapeReference(str(PurePosixPath(place).with_suffix("")), label_of[class_name], split, place)
-                    for (class_name, split), place in found
-                ],
-                class_names=class_names,
-                splits=tuple(name for name in _SPLIT_ORDER if name in splits),
-                # decided by what the format can carry: to know, one would have to read every file
-                coloured=any(path.suffix.lower() in _COLOURED_SUFFIXES for _, path in files),
-                content=" ".join(str(path.stat().st_size) for _, path in files),
-            )
-        except SourceError as error:
-            raise SourceError(f"{url}: {error}.") from None
-        return cls(url, listing)
+        listing = Listing(
+            shapes=[
+                ShapeReference(str(PurePosixPath(place).with_suffix("")), label_of[class_name], split, place)
+                for (class_name, split), place in found
+            ],
+            class_names=class_names,
+            splits=tuple(name for name in _SPLIT_ORDER if name in splits),
+            # decided by what the format can carry: to know, one would have to read every file
+            coloured=any(PurePosixPath(file.path).suffix.lower() in _COLOURED_SUFFIXES for file in listed),
+            content=" ".join(str(file.size) for file in listed),
+        )
+        return cls(files.url, listing)
 
-    def load(self, shape: ShapeReference) -> Mesh:
+    def load(self, shape: ShapeReference) -> Shape:
         """One file as one mesh: all parts of its scene, each where the scene puts it."""
         import trimesh
 
-        path = require_local_folder(self.url) / shape.place
+        path = SourceFiles(self.url).local_path(shape.place)
         try:
             # process=False: vertices are not merged, so their order and colours stay the file's own
             scene = trimesh.load_scene(path, process=False)
-            return _flattened(scene)
+            return Shape(_flattened(scene))
         except _READING_FAILS as error:
             raise ShapeError(f"cannot be read as {path.suffix.lower()}: {type(error).__name__}: {error}") from error
-
-
-def _mesh_files(root: Path) -> Iterator[Path]:
-    """Files that end like meshes, hidden ones and what archivers leave behind aside."""
-    for path in root.rglob("*"):
-        hidden = any(part.startswith((".", "__MACOSX")) for part in path.relative_to(root).parts)
-        if path.suffix.lower() in MESH_SUFFIXES and not hidden and path.is_file():
-            yield path
 
 
 def _class_and_split(place: str) -> tuple[str, str]:

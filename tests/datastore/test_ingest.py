@@ -25,7 +25,9 @@ from datastore.ingest import IngestSummary, ingest, parse_part
 from datastore.layout import open_store
 from datastore.mesh import Mesh
 from datastore.schema import QUARANTINED
-from datastore.sources import Listing, ShapeReference, open_source
+from datastore.shape import Shape
+from datastore.sources import Listing, ReadingOptions, ShapeReference, open_source
+from datastore.sources.files import SourceFiles
 from datastore.write import verify
 
 SHAPES = "demo://shapes?count=160&seed=0"  # ten blocks
@@ -195,17 +197,17 @@ class Hostile:
     url: str = "memory://hostile"
 
     @classmethod
-    def recognises(cls, url: str) -> bool:
+    def recognises(cls, files: SourceFiles) -> bool:
         return False
 
     @classmethod
-    def open(cls, url: str) -> Self:
+    def open(cls, files: SourceFiles, options: ReadingOptions) -> Self:
         shapes = [
             ShapeReference(name, -1, "train", "") for name in ("slow first", "good", "crash", "hang", "bug", "last")
         ]
         return cls(Listing(shapes, (), ("train",)))
 
-    def load(self, shape: ShapeReference) -> Mesh:
+    def load(self, shape: ShapeReference) -> Shape:
         box = trimesh.creation.box()
         if shape.id == "slow first":
             time.sleep(0.5)
@@ -215,11 +217,17 @@ class Hostile:
             time.sleep(60)
         if shape.id == "bug":
             raise RuntimeError("a bug of ours")
-        return Mesh(np.asarray(box.vertices, np.float32), np.asarray(box.faces, np.int32))
+        return Shape(Mesh(np.asarray(box.vertices, np.float32), np.asarray(box.faces, np.int32)))
 
 
 def test_shapes_that_crash_or_hang_cost_themselves_only(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    summary = ingest(Hostile.open(""), str(tmp_path / "s"), **OPTIONS, num_workers=2, seconds_per_shape=4)
+    summary = ingest(
+        Hostile.open(SourceFiles("memory://hostile"), ReadingOptions()),
+        str(tmp_path / "s"),
+        **OPTIONS,
+        num_workers=2,
+        seconds_per_shape=4,
+    )
     assert {entry.id: entry.reason for entry in summary.quarantine} == {
         "crash": "was ended by SIGSEGV",
         "hang": "took longer than 4 s",

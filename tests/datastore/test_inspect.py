@@ -43,7 +43,7 @@ def test_people_read_what_a_store_holds(demo_store_url: str, capsys: pytest.Capt
     assert code == 0
     for expected in (
         "demo://shapes?count=24&seed=0 (demo)",
-        "6 of 48 x 48 px, rig simple6",
+        "6 of 48 x 48 px, rendered by rays, rig simple6",
         "v=6 x h=48 x w=48 x 3",
         "Apache-2.0",
     ):

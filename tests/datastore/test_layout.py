@@ -75,7 +75,7 @@ def test_visibility_of_any_number_of_views_round_trips(tmp_path: Path, num_views
     rig = small_attributes().rig.model_copy(
         update={"azimuths": (0.0,) * num_views, "elevations": (0.0,) * num_views, "name": "test"}
     )
-    write_small_store(str(tmp_path), small_attributes(rig=rig), ("visibility", "split", "id"))
+    write_small_store(str(tmp_path), small_attributes(rig=rig, num_views=num_views), ("visibility", "split", "id"))
     store = open_store(tmp_path)
     found, expected = store.read("visibility", np.arange(70)), sample_arrays(store)["visibility"]
     assert found.dtype == np.bool_ and found.shape == (70, 20, num_views)
@@ -221,7 +221,7 @@ def test_an_unknown_schema_version_is_refused(tmp_path: Path) -> None:
         lambda: open_store(tmp_path),
         lambda: create_store(tmp_path, small_attributes(), ("split", "id")),
     ):
-        with pytest.raises(StoreError, match=r"has schema version 99; this Viewpoint reads version 1. Use the"):
+        with pytest.raises(StoreError, match=r"has schema version 99; this Viewpoint reads version 2. Use the"):
             call()
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from datastore.errors import DoNotRetry, ViewpointError
-from datastore.process_pool import Died, ProcessPool
+from datastore.process_pool import Died, Limits, ProcessPool
+
+GIB = 2**30
 
 
 def behave(task: str) -> str:
@@ -20,17 +22,26 @@ def behave(task: str) -> str:
         os._exit(3)
     if task == "hang":
         time.sleep(60)
+    if task == "gorge":
+        try:
+            return str(len(bytearray(4 * GIB)))
+        except MemoryError:
+            return "too much"
     if task == "refuse":
         raise DoNotRetry("no ray caster")
     return task.upper()
 
 
 def results_of(
-    tasks: list[str], num_workers: int, seconds_per_task: float = 30, work: Callable[[str], str] = behave
+    tasks: list[str],
+    num_workers: int,
+    seconds_per_task: float = 30,
+    work: Callable[[str], str] = behave,
+    memory_bytes: int = GIB,
 ) -> dict[int, str | Died]:
     found: dict[int, str | Died] = {}
     offered, deadline = 0, time.monotonic() + 60
-    with ProcessPool(work, num_workers, seconds_per_task) as pool:
+    with ProcessPool(work, num_workers, Limits(seconds_per_task, memory_bytes)) as pool:
         while len(found) < len(tasks):
             assert time.monotonic() < deadline
             while offered < len(tasks) and pool.offer(offered, tasks[offered]):
@@ -44,6 +55,10 @@ def test_a_task_that_kills_its_process_costs_itself_only() -> None:
     assert [found[key] for key in (0, 2, 4)] == ["A", "B", "C"]
     assert found[1] == Died("was ended by SIGKILL, perhaps for lack of memory")
     assert found[3] == Died("ended with exit code 3")
+
+
+def test_a_task_that_asks_for_too_much_memory_is_told_so_and_the_others_go_on() -> None:
+    assert results_of(["a", "gorge", "b"], num_workers=1) == {0: "A", 1: "too much", 2: "B"}
 
 
 def test_a_task_that_never_ends_is_given_up() -> None:
@@ -95,7 +110,7 @@ def name_process(_: str) -> str:
 
 
 def test_no_worker_outlives_the_pool() -> None:
-    with ProcessPool(name_process, 2, 30) as pool:
+    with ProcessPool(name_process, 2, Limits(30, GIB)) as pool:
         pool.offer(0, "")
         found: list[tuple[int, str | Died]] = []
         while not found:

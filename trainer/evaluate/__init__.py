@@ -207,9 +207,9 @@ def store_facts(store: "Store", teacher: str | None) -> dict[str, Any]:
         "licence": attributes.licence,
         "num_rows": len(store),
         "points_per_shape": attributes.points_per_shape,
-        "rig": attributes.rig.name,
-        "num_views": attributes.rig.num_views,
-        "image_size": attributes.rig.image_size,
+        "rig": attributes.rig.name if attributes.rig else attributes.views_from,
+        "num_views": attributes.num_views,
+        "image_size": attributes.image_size,
         "rows": {split: len(store.rows(split)) for split in store.splits},
         "quarantined": len(store.quarantine),
     }

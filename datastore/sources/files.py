@@ -1,0 +1,172 @@
+"""Files below a source's URL, on a local disk or behind any fsspec URL: read only, and listed in one fixed order."""
+
+import io
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from datastore.errors import AskedWrongly, SourceError
+
+_LEFT_BY_ARCHIVERS = (".", "__MACOSX")  # what such names begin with is no data
+
+
+@dataclass(frozen=True)
+class File:
+    """One file: its path below the root, with slashes, and its size."""
+
+    path: str
+    size: int
+
+
+class SourceFiles:
+    """What lies at a URL: a folder, or a single file, whose root is then the folder around it. It pickles as its URL."""
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        self.url = os.fspath(url).rstrip("/") or "/"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SourceFiles, (self.url,)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the URL names a folder."""
+        return bool(self._filesystem.isdir(self._target))
+
+    @property
+    def single_file(self) -> str | None:
+        """The name of the file that the URL names; None where it names a folder or nothing."""
+        return PurePosixPath(self._target).name if self._filesystem.isfile(self._target) else None
+
+    @cached_property
+    def root(self) -> str:
+        """The folder, as fsspec names it."""
+        return str(PurePosixPath(self._target).parent) if self.single_file else self._target
+
+    def exists(self, path: str) -> bool:
+        """Whether there is a file or folder of that path."""
+        return bool(self._filesystem.exists(self._full(path)))
+
+    def entries(self, folder: str = "") -> list[str]:
+        """Names right below a folder, sorted, hidden ones aside; empty where there is no such folder."""
+        try:
+            found = self._filesystem.ls(self._full(folder), detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        names = {str(entry).rstrip("/").rpartition("/")[2] for entry in found}
+        return sorted(name for name in names if name and not name.startswith(_LEFT_BY_ARCHIVERS))
+
+    def walk(self, suffixes: Collection[str], folder: str = "") -> list[File]:
+        """Every file below a folder whose name ends in one of the suffixes (in any case), sorted by path."""
+        wanted = tuple(suffix.lower() for suffix in suffixes)
+        top = self._full(folder)
+        found = self._filesystem.find(top, withdirs=False, detail=True) if self._filesystem.isdir(top) else {}
+        files = []
+        for full, facts in found.items():
+            path = str(full)[len(self.root) :].lstrip("/")
+            hidden = any(part.startswith(_LEFT_BY_ARCHIVERS) for part in path.split("/"))
+            if path.lower().endswith(wanted) and not hidden:
+                files.append(File(path, int(facts["size"])))
+        return sorted(files, key=lambda file: file.path)
+
+    def size(self, path: str) -> int:
+        """Bytes of one file."""
+        try:
+            return int(self._filesystem.size(self._full(path)))
+        except FileNotFoundError:
+            raise self._missing(path) from None
+
+    def read(self, path: str) -> bytes:
+        """One file, whole."""
+        try:
+            content: bytes = self._filesystem.cat_file(self._full(path))
+        except FileNotFoundError:
+            raise self._missing(path) from None
+        except (IsADirectoryError, PermissionError) as error:
+            raise SourceError(f"{self.where(path)} cannot be read: {error}.") from error
+        return content
+
+    def text(self, path: str) -> str:
+        """One file as UTF-8 text."""
+        try:
+            return self.read(path).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise SourceError(f"{self.where(path)} is not UTF-8 text ({error}).") from error
+
+    def lines(self, path: str) -> list[str]:
+        """The lines of a text file, without blanks around them and without empty ones."""
+        return [line for line in (line.strip() for line in self.text(path).splitlines()) if line]
+
+    def open(self, path: str) -> IO[bytes]:
+        """One file, open for reading and seeking: on a local disk the file itself, elsewhere by ranged requests."""
+        try:
+            file: IO[bytes] = self._filesystem.open(self._full(path), "rb")
+        except FileNotFoundError:
+            raise self._missing(path) from None
+        except (IsADirectoryError, PermissionError) as error:
+            raise SourceError(f"{self.where(path)} cannot be read: {error}.") from error
+        return file
+
+    def open_whole(self, path: str) -> IO[bytes]:
+        """The same for readers that jump about: a remote file is fetched first."""
+        return self.open(path) if self.is_local else io.BytesIO(self.read(path))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the files lie on this machine's disk."""
+        return isinstance(self._filesystem, LocalFileSystem)
+
+    def local_path(self, path: str) -> Path:
+        """A file's path; only where `is_local`."""
+        assert self.is_local, f"{self.url} is not on a local disk"
+        return Path(self._full(path))
+
+    def where(self, path: str) -> str:
+        """A file's name for messages."""
+        base = self.url if self.single_file is None else self.url.rpartition("/")[0]
+        return f"{base}/{path}" if path else base
+
+    def describe(self) -> str:
+        """A sentence about what is there, for somebody who expected something else."""
+        if self.single_file is not None:
+            return "this is a file; a source is the folder that holds the shapes, or an index in .csv or .json."
+        if not self.is_folder:
+            if not self.is_local:
+                return "nothing is there."
+            path = Path(self._target)
+            parent = next(parent for parent in path.absolute().parents if parent.exists())
+            return f"nothing is there (the path exists up to {parent})."
+        names = self.entries()
+        if not names:
+            return "the folder is empty."
+        more = f" and {len(names) - 6} more" if names[6:] else ""
+        return f"no known format; the folder holds {', '.join(names[:6])}{more}."
+
+    def _missing(self, path: str) -> SourceError:
+        return SourceError(f"{self.where(path)} is missing.")
+
+    def _full(self, path: str) -> str:
+        return f"{self.root}/{path}" if path else self.root
+
+    @property
+    def _filesystem(self) -> fsspec.AbstractFileSystem:
+        return self._resolved[0]
+
+    @property
+    def _target(self) -> str:
+        return self._resolved[1]
+
+    @cached_property
+    def _resolved(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        try:
+            filesystem, path = fsspec.core.url_to_fs(self.url)
+        except ImportError as error:
+            raise SourceError(f"{self.url}: {error}. Install that package, or copy the files here.") from error
+        except ValueError as error:
+            raise AskedWrongly(f"{self.url}: {error}. Name a local path or a URL such as s3://BUCKET/PATH.") from error
+        return filesystem, str(path).rstrip("/") or "/"
