@@ -7,10 +7,11 @@ from pydantic import Field, TypeAdapter
 
 from models.encoding import PointEncoder
 from models.students.curvenet import CurveNetConfig
+from models.students.dgcnn import DGCNNConfig
 from models.students.pointnet import PointNetConfig
 from models.students.pointnet2 import PointNet2Config
 
-StudentConfig = Annotated[CurveNetConfig | PointNetConfig | PointNet2Config, Field(discriminator="kind")]
+StudentConfig = Annotated[CurveNetConfig | DGCNNConfig | PointNetConfig | PointNet2Config, Field(discriminator="kind")]
 
 _ADAPTER: TypeAdapter[StudentConfig] = TypeAdapter(StudentConfig)
 
