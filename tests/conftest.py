@@ -9,3 +9,5 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 from jaxtyping import install_import_hook
 
 install_import_hook(["models", "trainer.objectives", "trainer.augment"], "beartype.beartype")
+
+pytest_plugins = ["tests.s3_server"]

@@ -1,0 +1,123 @@
+"""A real S3-compatible server on loopback for tests marked `s3`: everything it keeps is gone when the session ends.
+
+It checks signatures and credentials. What a test's own processes need to reach it stands in the environment.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+from urllib.error import URLError
+
+import fsspec
+import pytest
+from s3fs import S3FileSystem
+
+KEY_ID, SECRET_KEY = "viewpoint-tests", "loopback-only"
+
+_START_SECONDS: Final = 60
+_ATTEMPTS: Final = 5
+
+
+@contextmanager
+def running_s3_server(folder: Path) -> Iterator[str]:
+    """The URL of a server that works in the folder and ends with the block."""
+    for _ in range(_ATTEMPTS):
+        port = _free_port()
+        process = _start(folder, port)
+        try:
+            if _answers(process, port):
+                yield f"http://127.0.0.1:{port}"
+                return
+        finally:
+            process.terminate()
+            process.wait(30)
+    raise RuntimeError(f"The S3 server does not start; its last words:\n{(folder / 'log').read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of one server for all tests."""
+    with running_s3_server(tmp_path_factory.mktemp("s3")) as url:
+        yield url
+
+
+@pytest.fixture
+def s3_environment(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An environment, inherited by every process, in which s3:// means the server; no test meets another's clients."""
+    absent = str(tmp_path / "no-such-file")  # of the machine's own settings, none count
+    for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_S3"))]:
+        monkeypatch.delenv(name)
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": KEY_ID,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": absent,
+        "AWS_SHARED_CREDENTIALS_FILE": absent,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "NO_PROXY": "127.0.0.1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()
+    yield
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def s3_bucket(s3_environment: None) -> str:
+    """The URL of a new, empty bucket."""
+    return new_bucket()
+
+
+def new_bucket() -> str:
+    """The URL of a bucket that did not exist before; where s3:// means the server."""
+    name = f"test-{uuid.uuid4().hex}"
+    fsspec.filesystem("s3").mkdir(name)
+    return f"s3://{name}"
+
+
+def _start(folder: Path, port: int) -> "subprocess.Popen[bytes]":
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | {
+        "BIND_HOST": "127.0.0.1",
+        "GATEWAY_PORT": str(port),
+        "SERVICES": "s3,iam,sts",
+        "AUTH": "true",
+        "AWS_ACCESS_KEY_ID": KEY_ID,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "S3_PERSIST": "0",  # objects stay in memory
+        "S3_DATA_DIR": str(folder / "data"),
+        "STATE_DIR": str(folder / "state"),
+        "TMPDIR": str(folder),
+        "LOG_LEVEL": "WARNING",
+    }
+    with (folder / "log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "ministack"], cwd=folder, env=environment, stdout=log, stderr=log, close_fds=True
+        )
+
+
+def _answers(process: "subprocess.Popen[bytes]", port: int) -> bool:
+    """Whether the server came up; False when it ended, as it does where another process took the port."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + _START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            with opener.open(f"http://127.0.0.1:{port}/_ministack/health", timeout=5):
+                return True
+        except (URLError, ConnectionError, TimeoutError):
+            time.sleep(0.05)
+    return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
