@@ -26,6 +26,7 @@ _HEADER: Final = 118
 _NUM_VIEWS: Final = 4
 _FINER: Final = 3  # points are drawn this much larger and then reduced, which smooths their edges
 _ROUNDING: Final = 12
+_FIELD_OF_VIEW: Final = 43.0  # room for the discs of the outermost points
 
 _PAGE: Final[Colour] = (246, 245, 242)
 _CARD: Final[Colour] = (255, 255, 255)
@@ -98,6 +99,7 @@ class _Shape:
     legend: list[tuple[str, Colour]]
     views: UInt8[np.ndarray, "v h w 3"]
     visibility: Bool[np.ndarray, "p v"] | None
+    exact_visibility: Bool[np.ndarray, "p v"] | None  # by rays
     extra_view: UInt8[np.ndarray, "h w 3"] | None
 
     @cached_property
@@ -132,6 +134,7 @@ def _read_shape(store: Store, row: int) -> _Shape:
         legend=legend,
         views=store.read("views", [row])[0],
         visibility=optional.get("visibility"),
+        exact_visibility=optional.get("visibility") if store.attributes.visibility_from == "rays" else None,
         extra_view=store.read("extra_views", [row])[0, 0] if extra else None,
     )
 
@@ -166,7 +169,13 @@ def _drawing_rig(attributes: StoreAttributes) -> CameraRig:
     if attributes.rig is None:
         return rig_by_name("azimuth12", _TILE * _FINER)
     known = attributes.rig
-    return CameraRig(name="sheet", azimuths=known.azimuths, elevations=known.elevations, image_size=_TILE * _FINER)
+    return CameraRig(
+        name="sheet",
+        azimuths=known.azimuths,
+        elevations=known.elevations,
+        field_of_view=_FIELD_OF_VIEW,
+        image_size=_TILE * _FINER,
+    )
 
 
 def _image_tile(image: UInt8[np.ndarray, "h w 3"]) -> "Image.Image":
@@ -179,8 +188,7 @@ def _points_tile(shape: _Shape, colours: UInt8[np.ndarray, "p 3"], rig: CameraRi
     """The points that one of the rig's cameras sees, as small lit discs, the nearest on top."""
     from PIL import Image, ImageDraw
 
-    # hidden points would shine through the gaps between those in front
-    seen = visibility_of_points(shape.points, rig.model_copy(update=_only(rig, view)))[:, 0]
+    seen = _seen_points(shape, rig, view)  # hidden points would shine through the gaps between those in front
     points, colours = shape.points[seen], colours[seen]
     size = rig.image_size
     pixels, depth = project(points, rig)
@@ -204,8 +212,13 @@ def _points_tile(shape: _Shape, colours: UInt8[np.ndarray, "p 3"], rig: CameraRi
     return tile.resize((_TILE, _TILE), Image.Resampling.LANCZOS)
 
 
-def _only(rig: CameraRig, view: int) -> dict[str, tuple[float, ...]]:
-    return {"azimuths": (rig.azimuths[view],), "elevations": (rig.elevations[view],)}
+def _seen_points(shape: _Shape, rig: CameraRig, view: int) -> Bool[np.ndarray, " p"]:
+    """Which points a drawing's camera sees: as the store knows it from rays, else by an estimate from the points."""
+    if shape.exact_visibility is not None:
+        return shape.exact_visibility[:, view]
+    one = rig.model_copy(update={"azimuths": (rig.azimuths[view],), "elevations": (rig.elevations[view],)})
+    seen: Bool[np.ndarray, " p"] = visibility_of_points(shape.points, one)[:, 0]
+    return seen
 
 
 def _seen_tile(shape: _Shape, seen: Bool[np.ndarray, " p"], rig: CameraRig, seeing_view: int) -> "Image.Image":

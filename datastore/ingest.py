@@ -9,9 +9,10 @@ of workers and after any number of kills.
 import argparse
 import json
 import os
+import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -129,7 +130,7 @@ examples:
     making.add_argument(
         "--point-order",
         choices=get_args(PointOrder),
-        default="farthest point",
+        default="farthest",
         help="of clouds: re-ordered so that every beginning is a good sample, or as the source has it",
     )
     making.add_argument(
@@ -171,8 +172,10 @@ def run(arguments: argparse.Namespace) -> int:
         if value is not None and not value > 0:
             raise AskedWrongly(f"--{option.replace('_', '-')} must be above zero, not {value}.")
     options = ReadingOptions(arguments.partial, arguments.allow_pickle, arguments.variant, arguments.up)
+    source = open_source(arguments.source, arguments.format, options)
+    print(f"{source.url}: {describe_listing(source)}", file=sys.stderr)
     summary = ingest(
-        open_source(arguments.source, arguments.format, options),
+        source,
         arguments.store,
         rig=rig_by_name(arguments.rig, arguments.image_size),
         num_points=arguments.points,
@@ -205,7 +208,7 @@ def ingest(
     rig: CameraRig,
     num_points: int | None = None,
     views: ViewsChoice = "auto",
-    point_order: PointOrder = "farthest point",
+    point_order: PointOrder = "farthest",
     without: Collection[str] = (),
     part: tuple[int, int] = (0, 1),
     num_workers: int | None = None,
@@ -272,6 +275,16 @@ def describe(summary: IngestSummary) -> str:
         lines.append(f"{len(summary.quarantine):,} of {summary.num_rows:,} shapes could not be used:")
         lines += quarantine_lines(summary.quarantine)
     return "\n".join(lines)
+
+
+def describe_listing(source: Source) -> str:
+    """What was found, in one line."""
+    listing = source.listing
+    splits = Counter(shape.split for shape in listing.shapes)
+    counts = ", ".join(f"{splits[split]:,} {split}" for split in listing.splits)
+    kind = "meshes" if listing.geometry == "mesh" else "clouds"
+    images = f", {listing.images.num_views} images of each" if listing.images else ""
+    return f"{source.FORMAT}, {len(listing.shapes):,} {kind} in {len(listing.class_names)} classes ({counts}){images}"
 
 
 def quarantine_lines(quarantine: Sequence[QuarantinedRow]) -> list[str]:
@@ -355,7 +368,7 @@ def _attributes(
         part_names=listing.part_names,
         splits=listing.splits,
         geometry=listing.geometry,
-        point_order="farthest point" if listing.geometry == "mesh" else point_order,
+        point_order="farthest" if listing.geometry == "mesh" else point_order,
         source_up_axis=listing.up_axis,
         units=listing.units,
         source_url=source.url,

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from datastore.errors import EXIT_DO_NOT_RETRY, EXIT_DONE
 from datastore.layout import INGEST, QuarantinedRow, Store, open_store
-from datastore.progress import Progress
+from datastore.progress import Progress, format_bytes
 
 HELP = "say what is in a store, check it, draw some of its shapes"
 
@@ -131,7 +130,7 @@ def describe(facts: StoreFacts) -> str:
                     ("licence", attributes["licence"]),
                     ("points", _describe_points(attributes)),
                     ("views", _describe_views(attributes)),
-                    ("size", _bytes(sum(each.stored_bytes for each in facts.fields))),
+                    ("size", format_bytes(sum(each.stored_bytes for each in facts.fields))),
                     ("manifest", f"{facts.manifest}, schema version {attributes['schema_version']}"),
                 ]
             ),
@@ -152,10 +151,8 @@ def _describe_points(attributes: dict[str, Any]) -> str:
     up, source_up = attributes["up_axis"], attributes["source_up_axis"]
     turned = "" if source_up == up else f" (turned from {source_up})"
     origin = "sampled from meshes" if attributes["geometry"] == "mesh" else "of the source's clouds"
-    return (
-        f"{attributes['points_per_shape']:,} a shape, {origin}, in {attributes['point_order']} order, in the unit ball, "
-        f"{up} up{turned}"
-    )
+    order = "in the source's order" if attributes["point_order"] == "source" else "in farthest-point order"
+    return f"{attributes['points_per_shape']:,} a shape, {origin}, {order}, in the unit ball, {up} up{turned}"
 
 
 def _describe_views(attributes: dict[str, Any]) -> str:
@@ -194,8 +191,8 @@ def _field_line(each: FieldFacts, num_rows: int) -> tuple[str, ...]:
     axes = " x ".join(
         axis if axis.isdecimal() else f"{axis}={size}" for axis, size in zip(each.axes, each.row_shape, strict=True)
     )
-    share = f"{_bytes(each.stored_bytes / num_rows)} a shape" if num_rows else ""
-    return each.name, each.dtype, axes or "one value", _bytes(each.stored_bytes), share
+    share = f"{format_bytes(each.stored_bytes / num_rows)} a shape" if num_rows else ""
+    return each.name, each.dtype, axes or "one value", format_bytes(each.stored_bytes), share
 
 
 def _teacher_line(key: str, teacher: dict[str, Any]) -> tuple[str, ...]:
@@ -222,10 +219,3 @@ def _columns(rows: Sequence[tuple[str, ...]], *, right: bool = False) -> list[st
         ]
         lines.append(("  " + "  ".join(cells)).rstrip())
     return lines
-
-
-def _bytes(count: float) -> str:
-    """`1.5 MB`: three digits and a decimal unit."""
-    power = min(int(math.log10(count) / 3), 5) if count >= 1 else 0
-    value, unit = count / 1000**power, ("B", "kB", "MB", "GB", "TB", "PB")[power]
-    return f"{value:.0f} {unit}" if power == 0 or value >= 100 else f"{value:.1f} {unit}"

@@ -52,7 +52,7 @@ _LZ4_LEVEL: Final = 5
 
 ViewsFrom = Literal["rays", "point splats", "source"]
 VisibilityFrom = Literal["rays", "hidden-point removal", "source", "nothing"]
-PointOrder = Literal["farthest point", "source"]
+PointOrder = Literal["farthest", "source"]
 
 
 class StoreAttributes(BaseModel, extra="forbid", frozen=True):
@@ -75,7 +75,7 @@ class StoreAttributes(BaseModel, extra="forbid", frozen=True):
     extra_views: PositiveInt | None = None  # at most so many of a shape
     extra_image_size: PositiveInt | None = None
     geometry: Literal["mesh", "points"] = "mesh"  # what the points were sampled from
-    point_order: PointOrder = "farthest point"
+    point_order: PointOrder = "farthest"
     up_axis: Literal["+Y"] = "+Y"
     source_up_axis: str = "+Y"  # what was up in the source, and was turned to +Y
     normalisation: Literal["unit ball"] = "unit ball"

@@ -6,6 +6,7 @@ seconds elsewhere.
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -92,9 +93,14 @@ def progress_line(
 ) -> str:
     """One line for people: how far, how fast, how long still, and the stage's own figures."""
     share = f"{100 * done / total:3.0f}%" if total else "  0%"
-    parts = [f"{stage:<9} {share}  {done:,}/{total:,} {unit}"]
+    if unit == "bytes":
+        parts = [f"{stage:<9} {share}  {format_bytes(done)} of {format_bytes(total)}"]
+        rate_text = f"{format_bytes(rate)}/s"
+    else:
+        parts = [f"{stage:<9} {share}  {done:,}/{total:,} {unit}"]
+        rate_text = f"{rate:,.1f} {unit}/s"
     if rate > 0:
-        parts.append(f"{rate:,.1f} {unit}/s")
+        parts.append(rate_text)
         if done < total:
             parts.append(f"{format_seconds((total - done) / rate)} left")
     parts += [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in note.items()]
@@ -109,3 +115,10 @@ def format_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def format_bytes(count: float) -> str:
+    """`1.5 MB`: three digits and a decimal unit."""
+    power = min(int(math.log10(count) / 3), 5) if count >= 1 else 0
+    value, unit = count / 1000**power, ("B", "kB", "MB", "GB", "TB", "PB")[power]
+    return f"{value:.0f} {unit}" if power == 0 or value >= 100 else f"{value:.1f} {unit}"

@@ -76,7 +76,12 @@ _INGEST = (
         "the source's own cameras: azimuth, elevation, in-plane rotation, distance, field of view, shift x, y, z; "
         "degrees, not a number where the source does not say",
     ),
-    _images("extra_views", ("e", "s", "s", "3"), "uint8", "more images that the source has of the shape, RGB on white"),
+    replace(
+        _images(
+            "extra_views", ("e", "s", "s", "3"), "uint8", "more images that the source has of the shape, RGB on white"
+        ),
+        shard_rows=64,  # a turntable has three times as many pixels as the views
+    ),
     _fact("num_extra_views", (), "int64", "how many of extra_views there are; the others are empty"),
     _fact("label", (), "int64", "index into class_names; -1 unlabelled"),
     _fact("split", (), "uint8", "index into splits; 255 quarantined or not yet written"),
