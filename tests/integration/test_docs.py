@@ -1,0 +1,60 @@
+"""The code in docs/ runs as it stands."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from datastore.cameras import rig_by_name
+from datastore.ingest import ingest
+from datastore.layout import open_store
+from datastore.schema import FIELDS
+from datastore.sources import open_source
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder_with_a_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("docs")
+    source = open_source("demo://shapes?count=24&seed=0")
+    ingest(source, str(folder / "shapes.zarr"), rig=rig_by_name("azimuth12", 16), num_points=64, num_workers=1)
+    return folder
+
+
+def run(code: str, folder: Path) -> str:
+    environment = os.environ | {"PYTHONPATH": str(DOCS.parent)}
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def test_plain_zarr_reads_a_store_in_ten_lines(folder_with_a_store: Path) -> None:
+    code = python_blocks("store.md")[0]
+    imports = set(re.findall(r"^import (\w+)", code, re.MULTILINE))
+    assert imports == {"numpy", "zarr"}, "nothing of ours takes part"
+    assert len([line for line in code.splitlines() if line and not line.startswith("import")]) <= 10
+    said = run(code, folder_with_a_store)
+    store = open_store(folder_with_a_store / "shapes.zarr")
+    row = store.rows()[0]
+    seen = store.read("visibility", [row])[0].sum(axis=0)
+    name = store.class_names[store.read("label", [row])[0]]
+    assert said.split() == f"{len(store.rows())} shapes; the first is a {name} with {seen} points seen a view".split()
+
+
+def test_the_package_reads_a_store_as_the_docs_show(folder_with_a_store: Path) -> None:
+    assert "points" in run(python_blocks("store.md")[1], folder_with_a_store)
+
+
+def test_the_table_of_fields_names_them_all() -> None:
+    page = (DOCS / "store.md").read_text()
+    assert [name for name in FIELDS if f"`{name}`" not in page and f"{name}`" not in page] == []
