@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Float64, Int64
 
 OVERSAMPLING: Final = 4
 """Candidates drawn for each point kept: farthest-point order then covers the surface evenly, for a few milliseconds."""
@@ -35,12 +35,14 @@ def uniform_by_area(
     vertices: Float[np.ndarray, "n 3"], faces: np.ndarray, num_points: int, seed: int
 ) -> SurfaceSamples:
     """Independent samples, each equally likely anywhere on the surface. ValueError for a mesh without area."""
-    # float64: cross products of a small part's edges vanish in float32 while the part is plainly there
-    corners = vertices[faces].astype(np.float64)
-    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    double_areas = np.linalg.norm(normals, axis=1)
-    reached = np.cumsum(double_areas)
-    if len(faces) == 0 or not 0 < reached[-1] < np.inf:
+    if len(faces) == 0:
+        raise ValueError("the mesh has no area")
+    reached = np.empty(len(faces))
+    for start in range(0, len(faces), _FACES_AT_ONCE):
+        _, normals = _corners_and_normals(vertices, faces[start : start + _FACES_AT_ONCE])
+        reached[start : start + _FACES_AT_ONCE] = _lengths(normals)
+    np.cumsum(reached, out=reached)
+    if not 0 < reached[-1] < np.inf:
         raise ValueError("the mesh has no area")
     random = np.random.default_rng(seed)
     # side="right" steps over faces without area, whose sum equals their predecessor's
@@ -50,11 +52,34 @@ def uniform_by_area(
     # the half of the unit square beyond the diagonal folds back onto the triangle
     along = np.where(along.sum(axis=1, keepdims=True) > 1, 1 - along, along)
     barycentric = np.column_stack([1 - along.sum(axis=1), along])
-    points = np.einsum("pk,pkc->pc", barycentric, corners[chosen])
-    unit_normals = normals[chosen] / double_areas[chosen, None]
+    corners, normals = _corners_and_normals(vertices, faces[chosen])
+    points = sum(barycentric[:, corner, None] * corners[corner].T for corner in range(3))
     return SurfaceSamples(
-        points.astype(np.float32), unit_normals.astype(np.float32), chosen, barycentric.astype(np.float32)
+        np.asarray(points, np.float32),
+        (normals / _lengths(normals)).T.astype(np.float32, order="C"),
+        chosen,
+        barycentric.astype(np.float32),
     )
+
+
+_FACES_AT_ONCE: Final = 65_536
+"""Bounds the memory beside the mesh itself, of whatever size, to some megabytes and eight bytes a face."""
+
+
+def _corners_and_normals(
+    vertices: Float[np.ndarray, "n 3"], faces: np.ndarray
+) -> tuple[list[Float64[np.ndarray, "3 f"]], Float64[np.ndarray, "3 f"]]:
+    """First, second and third corners, and normals as long as twice the face's area; one axis at a time, for speed."""
+    # float64: cross products of a small part's edges vanish in float32 while the part is plainly there
+    corners = [vertices.take(faces[:, corner], axis=0).astype(np.float64).T for corner in range(3)]
+    (ax, ay, az), (bx, by, bz) = corners[1] - corners[0], corners[2] - corners[0]
+    return corners, np.stack([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx])
+
+
+def _lengths(vectors: Float64[np.ndarray, "3 n"]) -> Float64[np.ndarray, " n"]:
+    x, y, z = vectors
+    lengths: Float64[np.ndarray, " n"] = np.sqrt(x * x + y * y + z * z)
+    return lengths
 
 
 def farthest_point_order(points: Float32[np.ndarray, "n 3"], num_points: int) -> Int64[np.ndarray, " p"]:
