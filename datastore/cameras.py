@@ -109,12 +109,16 @@ def project(
 ) -> tuple[Float32[np.ndarray, "p v 2"], Float32[np.ndarray, "p v"]]:
     """The pixel (column, row) of every point in every view, and its depth along the camera's forward axis."""
     positions, rotations = camera_frames(rig)
+    pixels = np.empty((len(points), rig.num_views, 2), dtype=np.float32)
+    depth = np.empty((len(points), rig.num_views), dtype=np.float32)
     # float64 inside: at float32 the rounding of (point - position) is visible in the last digit of a pixel coordinate
-    in_camera = np.einsum("vij,pvj->pvi", rotations, points.astype(np.float64)[:, None] - positions)
-    depth = in_camera[..., 2]
-    shrinks_with = depth[..., None] if rig.projection == "perspective" else rig.distance
-    pixels = rig.focal_length * in_camera[..., :2] / shrinks_with + (rig.image_size - 1) / 2
-    return pixels.astype(np.float32), depth.astype(np.float32)
+    columns_of_points = points.T.astype(np.float64)
+    for view, (position, rotation) in enumerate(zip(positions, rotations, strict=True)):
+        in_camera = rotation @ (columns_of_points - position[:, None])
+        shrinks_with = in_camera[2] if rig.projection == "perspective" else rig.distance
+        pixels[:, view] = (rig.focal_length * in_camera[:2] / shrinks_with + (rig.image_size - 1) / 2).T
+        depth[:, view] = in_camera[2]
+    return pixels, depth
 
 
 def pixel_rays(rig: CameraRig, view: int) -> tuple[Float[np.ndarray, "h w 3"], Float32[np.ndarray, "h w 3"]]:

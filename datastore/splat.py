@@ -127,14 +127,12 @@ def _draw(discs: _Discs, rig: CameraRig) -> tuple[Float32[np.ndarray, "h w 3"], 
                 colours[axis] += np.bincount(pixels, weight * discs.colours[of_disc, axis], size * size)
 
     hit = np.flatnonzero(weights)
-    mean_normals = (normals[:, hit] / np.maximum(np.linalg.norm(normals[:, hit], axis=0), 1e-12)).T.astype(np.float32)
     base = np.full((len(hit), 3), NEUTRAL_GREY) if discs.colours is None else (colours[:, hit] / weights[hit]).T
-    across = np.stack(np.divmod(hit, size)[::-1], axis=1) - (size - 1) / 2
-    directions = np.concatenate([across / rig.focal_length, np.ones((len(hit), 1))], axis=1).astype(np.float32)
+    across = ((np.stack([hit % size, hit // size]) - (size - 1) / 2) / rig.focal_length).astype(np.float32)
     if rig.projection == "orthographic":
-        directions[:, :2] = 0
+        across[:] = 0
     image = np.full((size * size, 3), BACKGROUND, dtype=np.float32)
-    image[hit] = base * shade(mean_normals, directions, np.eye(3))[:, None]
+    image[hit] = base * shade(normals[:, hit].astype(np.float32), *across)[:, None]
     return image.reshape(size, size, 3), nearest.reshape(size, size)
 
 

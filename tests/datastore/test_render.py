@@ -10,7 +10,7 @@ import trimesh
 from datastore.cameras import RIG_NAMES, CameraRig, camera_frames, pixel_rays, rig_by_name
 from datastore.errors import DoNotRetry
 from datastore.mesh import Mesh
-from datastore.render import BACKGROUND, NEUTRAL_GREY, decode_depth, encode_depth, face_normals, render
+from datastore.render import BACKGROUND, NEUTRAL_GREY, colours_at, decode_depth, encode_depth, render
 from datastore.sample import SurfaceSamples, sample_surface
 
 RIGS = [*RIG_NAMES, "ring?views=5&elevations=20&distance=2", "angles?at=10/35,70/-80&projection=orthographic"]
@@ -159,7 +159,7 @@ def test_depth_of_a_box_agrees_with_a_ray_by_ray_reference(rig_name: str) -> Non
                 expected, margin = box_depth(origins[row, column], directions[row, column].astype(np.float64), forward)
                 if margin > 1e-5:  # a ray along an edge may go either way
                     assert depth[view, row, column] == pytest.approx(expected, abs=4e-5)
-    assert np.array_equal(rendering.depth == 0, (rendering.views == BACKGROUND).all(axis=-1))
+    assert (rendering.views[rendering.depth > 0] < BACKGROUND).any(axis=-1).all()
 
 
 def box_depth(origin: np.ndarray, direction: np.ndarray, forward: np.ndarray) -> tuple[float, float]:
@@ -228,11 +228,100 @@ def test_a_visible_point_lies_at_the_depth_of_its_pixel() -> None:
         assert np.abs(depth[view, row, column] - own).max() < 0.04
 
 
-def test_normals_have_unit_length_except_where_there_is_no_face() -> None:
-    mesh = replace(box(), faces=np.vstack([box().faces, [[0, 0, 1]]]).astype(np.int32))
-    lengths = np.linalg.norm(face_normals(mesh), axis=1)
-    assert np.allclose(lengths[:-1], 1)
-    assert lengths[-1] == 0
+@pytest.mark.parametrize("rig_name", ["azimuth12", "axes3"])
+def test_only_pixels_beside_an_outline_show_a_surface_that_their_middle_misses(rig_name: str) -> None:
+    rig = rig_by_name(rig_name, image_size=64)
+    mesh = mesh_of(trimesh.creation.torus(0.7, 0.25))
+    samples = samples_on(mesh, 4)
+    rendering = render(mesh, samples.points, samples.normals, rig)
+    hit, shown = rendering.depth > 0, (rendering.views < BACKGROUND).any(axis=-1)
+    beside = hit.copy()
+    beside[:, 1:] |= hit[:, :-1]
+    beside[:, :-1] |= hit[:, 1:]
+    beside[:, :, 1:] |= hit[:, :, :-1]
+    beside[:, :, :-1] |= hit[:, :, 1:]
+    assert shown[hit].all()
+    assert not shown[~beside].any()
+    assert (shown & ~hit).sum() > 20 * rig.num_views
+
+
+def test_an_outline_is_as_dark_as_the_share_of_the_pixel_that_it_covers() -> None:
+    rig = CameraRig(name="front", azimuths=(0.0,), elevations=(0.0,), projection="orthographic", image_size=65)
+    shares = []
+    for shift in np.linspace(0, 0.1, 40):
+        corners = square(0.0, 0.5)
+        sheet = replace(corners, vertices=corners.vertices + np.float32([shift, 0, 0]))
+        view = (
+            render(sheet, np.zeros((1, 3), np.float32), np.float32([[0, 0, 1]]), rig).views[0, 32, :, 0].astype(float)
+        )
+        covered = (BACKGROUND - view) / (BACKGROUND - view[32])
+        assert covered.sum() == pytest.approx(rig.focal_length / rig.distance, abs=0.5)
+        shares += covered[(covered > 0.01) & (covered < 0.99)].tolist()
+    assert np.unique(np.rint(4 * np.array(shares))).tolist() == [1, 2, 3], "quarters of a pixel, all of them"
+    assert np.allclose(4 * np.array(shares), np.rint(4 * np.array(shares)), atol=0.05)
+
+
+def textured_square(texture: np.ndarray) -> Mesh:
+    """A square that shows the texture once, as it lies, to a camera in front."""
+    uv = np.array([[0, 0], [1, 0], [1, 1], [0, 1]], np.float32)
+    return replace(
+        square(0.0, 0.5), textures=(texture,), face_textures=np.zeros(2, np.int16), vertex_uv=uv, face_colours=None
+    )
+
+
+def test_a_textures_first_row_is_on_top_and_its_texels_lie_where_their_middles_are() -> None:
+    texture = np.random.default_rng(0).integers(0, 255, (4, 6, 3)).astype(np.uint8)
+    mesh = textured_square(texture)
+    for row in range(4):
+        for column in range(6):
+            u, v = (column + 0.5) / 6, 1 - (row + 0.5) / 4
+            # on the face of corners 0, 1, 2: uv = (b1 + b2, b2); on that of 0, 2, 3: uv = (b1, b1 + b2)
+            face, weights = (0, (1 - u, u - v, v)) if u >= v else (1, (1 - v, u, v - u))
+            colour = colours_at(mesh, np.array([face]), np.array([weights], np.float32))[0]
+            assert np.abs(colour - texture[row, column]).max() < 0.01
+
+
+def test_between_texels_a_texture_is_blended_and_beyond_its_edge_it_repeats() -> None:
+    texture = np.array([[[0, 0, 0], [200, 100, 40]]], np.uint8)
+    mesh = textured_square(texture)
+    first_corner = np.array([[1, 0, 0]], np.float32)
+    for u, expected in ((0.5, 0.5), (0.25, 0), (0.75, 1), (1.0, 0.5), (-0.25, 1), (7.375, 0.25), (-1e9, 0.5)):
+        shifted = replace(mesh, vertex_uv=np.tile(np.float32([u, 0.3]), (4, 1)))
+        colour = colours_at(shifted, np.array([0]), first_corner)[0]
+        assert np.abs(colour - expected * texture[0, 1]).max() < 0.1, u
+
+
+def test_faces_without_a_texture_keep_their_own_colour_and_broken_coordinates_do_no_harm() -> None:
+    texture = np.full((2, 2, 3), 50, np.uint8)
+    mesh = replace(textured_square(texture), face_textures=np.array([0, -1], np.int16))
+    middle = np.full((2, 3), 1 / 3, np.float32)
+    both = np.array([0, 1])
+    assert np.allclose(colours_at(mesh, both, middle), [[50] * 3, [NEUTRAL_GREY] * 3])
+    coloured = replace(mesh, vertex_colours=np.full((4, 3), 9, np.uint8))
+    assert np.allclose(colours_at(coloured, both, middle), [[50] * 3, [9] * 3])
+    broken = replace(mesh, vertex_uv=np.full((4, 2), np.nan, np.float32))
+    assert np.allclose(colours_at(broken, both, middle), [[50] * 3, [NEUTRAL_GREY] * 3])
+
+
+def test_a_texture_reaches_the_image_the_right_way_round() -> None:
+    rig = CameraRig(name="front", azimuths=(0.0,), elevations=(0.0,), image_size=65)
+    texture = np.zeros((2, 2, 3), np.uint8)
+    texture[0, 0, 0] = texture[0, 1, 1] = texture[1, 0, 2] = 250  # red, green; blue, black
+    view = render(textured_square(texture), np.zeros((1, 3), np.float32), np.float32([[0, 0, 1]]), rig).views[0]
+    corner = rig.focal_length / rig.distance * 0.25
+    low, high = round(32 - corner), round(32 + corner)
+    assert view[low, low].argmax() == 0 and view[low, high].argmax() == 1 and view[high, low].argmax() == 2
+    assert view[high, high].max() < 40
+
+
+def test_a_texture_finer_than_the_pixels_is_seen_as_its_mean() -> None:
+    rig = CameraRig(name="front", azimuths=(0.0,), elevations=(0.0,), image_size=33)
+    board = np.indices((511, 512)).sum(axis=0) % 2 * 200
+    texture = np.repeat(board[..., None], 3, axis=2).astype(np.uint8)
+    view = render(textured_square(texture), np.zeros((1, 3), np.float32), np.float32([[0, 0, 1]]), rig).views[0]
+    inside = view[12:21, 12:21].astype(int)
+    assert np.ptp(inside) <= 2
+    assert 80 < inside.mean() <= 107  # under the light that it faces
 
 
 def test_without_the_ray_caster_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
