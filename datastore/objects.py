@@ -9,10 +9,11 @@ import fcntl
 import os
 import shutil
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Final, TypeGuard
@@ -20,6 +21,7 @@ from typing import Final, TypeGuard
 import fsspec
 from botocore.exceptions import BotoCoreError, NoCredentialsError  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from datastore.errors import AskedWrongly, DoNotRetry, StoreError, ViewpointError
 
@@ -33,6 +35,9 @@ _DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_HARD_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _CONFLICT, _PRECONDITION_FAILED, _INSUFFICIENT_STORAGE = 409, 412, 507  # of HTTP
 _CREATE_ATTEMPTS: Final = 5
+_LARGEST_S3_PUT: Final = 5 * 2**30
+_CREATING_IN_MEMORY: Final = threading.Lock()
+"""fsspec's file system in memory looks and then writes: two threads could both find nothing."""
 
 
 class ObjectFolder:
@@ -67,6 +72,10 @@ class ObjectFolder:
     def is_local(self) -> bool:
         """Whether the folder lies on this machine's disk."""
         return isinstance(self._filesystem, LocalFileSystem)
+
+    @property
+    def _is_memory(self) -> bool:
+        return isinstance(self._filesystem, MemoryFileSystem)
 
     @property
     def local_path(self) -> Path:
@@ -128,6 +137,24 @@ class ObjectFolder:
         names = {str(entry).rstrip("/").rpartition("/")[2] for entry in found if str(entry).rstrip("/") != path}
         return sorted(names - {""})
 
+    def listed(self, folder: str = "") -> dict[str, str | None]:
+        """Names of the objects right below a folder, and the MD5 of each one's content where the listing tells it.
+
+        S3 tells it of what was put in one request without encryption by key; another digest only matches nothing.
+        """
+        path = self._path(folder)
+        self._filesystem.invalidate_cache(path)
+        try:
+            with self._explained(folder):
+                found = self._filesystem.ls(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        return {
+            str(entry["name"]).rpartition("/")[2]: str(entry["ETag"]).strip('"') if "ETag" in entry else None
+            for entry in found
+            if entry["type"] == "file"
+        }
+
     def pieces(self, name: str, piece_bytes: int) -> Iterator[bytes]:
         """One object's content, a piece at a time; FileNotFoundError where there is none."""
         with self._explained(name), self._filesystem.open(self._path(name), "rb", block_size=piece_bytes) as file:
@@ -143,13 +170,18 @@ class ObjectFolder:
             self._filesystem.pipe_file(self._path(name), content)
 
     def create(self, name: str, content: bytes) -> bool:
-        """Writes one object whole if there is none of that name; whether it did."""
+        """Writes one object whole if there is none of that name; whether it did.
+
+        False can also mean that it did and the answer was lost: the request was repeated and found its own object.
+        """
         if self.is_local:
             return self._put_local(name, content, only_if_absent=True)
+        # several S3 servers ignore the condition on what comes in parts, so s3fs must send it in one request
+        whole = {"chunksize": _LARGEST_S3_PUT} if "s3" in self._filesystem.protocol else {}
         for _ in range(_CREATE_ATTEMPTS):
             try:
-                with self._explained_put(name, content):
-                    self._filesystem.pipe_file(self._path(name), content, mode="create")
+                with self._explained_put(name, content), _CREATING_IN_MEMORY if self._is_memory else nullcontext():
+                    self._filesystem.pipe_file(self._path(name), content, mode="create", **whole)
             except FileExistsError:
                 return False
             except OSError as error:
@@ -169,7 +201,7 @@ class ObjectFolder:
 
     def remove(self, name: str) -> None:
         """Removes one object if it is there."""
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), self._explained(name):
             self._filesystem.rm_file(self._path(name))
 
     def remove_abandoned_drafts(self) -> None:
