@@ -573,6 +573,12 @@ def commit_numbers(folder: ObjectFolder, scope: str) -> list[int]:
     return _numbers(folder.names(f"{_COMMITS_FOLDER}/{scope}"))
 
 
+def commits_listed(folder: ObjectFolder, scope: str) -> dict[int, str | None]:
+    """The same blocks, and the MD5 of each one's object where the listing tells it."""
+    listed = folder.listed(f"{_COMMITS_FOLDER}/{scope}")
+    return {number: listed.get(f"{number:08d}.json") for number in _numbers(listed)}
+
+
 def manifest_name(number: int) -> str:
     """The object that holds a manifest."""
     return f"{_MANIFESTS_FOLDER}/{number:08d}.json"

@@ -1,16 +1,18 @@
 """Writing stores: bit for bit, from several processes, and through kills, full disks and damage."""
 
+import hashlib
 import random
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import zarr
@@ -19,7 +21,7 @@ from zarr.storage import MemoryStore
 from datastore import schema
 from datastore.errors import EXIT_DO_NOT_RETRY, AskedWrongly, StoreError, ViewpointError
 from datastore.layout import INGEST, QuarantinedRow, Store, create_store, create_teacher, open_store
-from datastore.objects import DRAFTS_FOLDER
+from datastore.objects import DRAFTS_FOLDER, ObjectFolder
 from datastore.write import BlockWriter, find_damage, publish, verify, withdraw
 from tests.stores import sample_arrays, small_attributes, small_teacher, write_blocks, write_small_store
 from tests.writers import FEW_FIELDS, running, write_part, write_part_and_die, write_with_file_limit
@@ -175,6 +177,27 @@ def test_a_block_that_two_writers_mixed_is_done_again(tmp_path: Path) -> None:
     assert open_store(tmp_path).is_complete() and not verify(open_store(tmp_path))
 
 
+def test_a_block_that_was_withdrawn_while_a_late_writer_left_it_alone_is_not_vouched_for(tmp_path: Path) -> None:
+    store = create_store(tmp_path, small_attributes(), FEW_FIELDS)
+    slow = BlockWriter(store).open_block(0)
+    write_blocks(store, [0])
+    slow.append({name: array[:32] for name, array in sample_arrays(store, seed=1).items()})
+    withdraw(store, INGEST, [0])
+    with pytest.raises(ViewpointError, match=r"finished block 0 .*withdrawn.*the same command redoes it"):
+        slow.commit()
+    assert BlockWriter(store).pending() == [0, 1, 2]
+
+
+def test_what_a_teacher_said_of_a_block_is_withdrawn_with_it(tmp_path: Path) -> None:
+    store = write_small_store(str(tmp_path), fields=FEW_FIELDS)
+    scope = create_teacher(store, small_teacher())
+    write_blocks(store, [0, 1, 2], scope)
+    publish(store)
+    assert withdraw(store, INGEST, [1]).scope(scope).blocks == [0, 2]
+    assert withdraw(store, scope, [0]).scope(scope).blocks == [2]
+    assert open_store(tmp_path).manifest.scope(INGEST).blocks == [0, 2]
+
+
 def test_manifests_lose_nothing_when_many_publish_at_once(tmp_path: Path) -> None:
     store = create_store(tmp_path, small_attributes(num_rows=128, block_rows=16), FEW_FIELDS)
 
@@ -194,6 +217,80 @@ def test_publishing_nothing_new_makes_no_manifest(tmp_path: Path) -> None:
     store = write_small_store(str(tmp_path), fields=FEW_FIELDS)
     assert publish(store) == publish(store) == store.manifest
     assert store.manifest.number == 1
+
+
+@pytest.fixture(params=["memory", pytest.param("s3", marks=pytest.mark.s3)])
+def listing_url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of an empty folder whose listings tell digests, as a server's do."""
+    if request.param == "s3":
+        yield f"{request.getfixturevalue('s3_bucket')}/store"
+        return
+
+    def listed(folder: ObjectFolder, below: str = "") -> dict[str, str | None]:
+        return {name: hashlib.md5(folder.read(f"{below}/{name}")).hexdigest() for name in folder.names(below)}
+
+    monkeypatch.setattr(ObjectFolder, "listed", listed)
+    yield "memory://listing"
+    fsspec.filesystem("memory").rm("/listing", recursive=True)
+
+
+@pytest.fixture
+def records_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Numbers of the commit records that are read from now on."""
+    read: list[str] = []
+    read_all = ObjectFolder.read_all
+
+    def watched(folder: ObjectFolder, names: Sequence[str]) -> dict[str, bytes]:
+        read.extend(Path(name).stem.lstrip("0") or "0" for name in names)
+        return read_all(folder, names)
+
+    monkeypatch.setattr(ObjectFolder, "read_all", watched)
+    return read
+
+
+def quarantined(store: Store) -> tuple[dict[str, np.ndarray], list[QuarantinedRow]]:
+    """All rows, of which some are broken for reasons that a document has to escape or shorten."""
+    arrays = sample_arrays(store)
+    reasons = {3: 'a "quoted" reason, é', 4: "x" * 1000, 40: 'a "quoted" reason, é'}
+    for row in reasons:
+        arrays["split"][row] = schema.QUARANTINED
+    return arrays, [QuarantinedRow(row, str(arrays["id"][row]), reason) for row, reason in reasons.items()]
+
+
+def test_publishing_reads_only_the_records_that_are_new(listing_url: str, records_read: list[str]) -> None:
+    store = create_store(listing_url, small_attributes(num_rows=150), FEW_FIELDS)
+    arrays, quarantine = quarantined(store)
+    for block in range(5):
+        first, end = store.block_range(block)
+        rows = {name: array[first:end] for name, array in arrays.items()}
+        BlockWriter(store).write(block, rows, [entry for entry in quarantine if first <= entry.row < end])
+        publish(store)
+        assert records_read == [str(block)]
+        records_read.clear()
+    published = publish(store)
+    assert records_read == [] and open_store(listing_url).is_complete() and not verify(open_store(listing_url))
+    assert sorted(row for rows in published.scope(INGEST).quarantine.values() for row in rows) == [3, 4, 40]
+    for name in store.folder.names("_viewpoint/manifests"):
+        store.folder.remove(f"_viewpoint/manifests/{name}")
+    assert publish(store).scopes == published.scopes, "what is taken over is what reading everything gives"
+
+
+def test_a_block_that_was_done_again_with_another_result_is_read_again(
+    listing_url: str, records_read: list[str]
+) -> None:
+    store = create_store(listing_url, small_attributes(), FEW_FIELDS)
+    write_blocks(store, [0, 1, 2])
+    publish(store)
+    records_read.clear()
+    # withdrawn by a process that was killed before it published, and done again: no manifest says that it was away
+    store.folder.remove("_viewpoint/commits/ingest/00000001.json")
+    write_blocks(store, [1], seed=1)
+    publish(store)
+    assert records_read == ["1"]
+    assert open_store(listing_url).is_complete() and not verify(open_store(listing_url))
+    records_read.clear()
+    assert withdraw(store, INGEST, [0, 2]).scope(INGEST).blocks == [1]
+    assert records_read == []
 
 
 def test_writing_again_writes_nothing(tmp_path: Path) -> None:
