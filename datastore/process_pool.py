@@ -45,7 +45,8 @@ class ProcessPool(Generic[Task, Result]):
     """Runs `work` on tasks in processes, one task a process at a time.
 
     `work` travels to each process once. What it returns comes back from `results`. A ViewpointError that it raises is
-    raised there too; anything else that it raises ends its process, with a traceback, and only that task.
+    raised there too; anything else that it raises ends its process, with a traceback, and only that task. A process
+    that somebody kills is replaced and its task done once more: the kill may have been meant for the machine's memory.
     """
 
     def __init__(self, work: Callable[[Task], Result], num_workers: int, limits: Limits) -> None:
@@ -75,12 +76,12 @@ class ProcessPool(Generic[Task, Result]):
         ready = wait([worker.connection for worker in self._workers], timeout_seconds)
         found: list[tuple[int, Result | Died]] = []
         for index, worker in enumerate(self._workers):
-            reason = None
+            reason, killed = None, False
             if worker.connection in ready:
                 try:
                     message = worker.connection.recv()
                 except (EOFError, OSError):
-                    reason = worker.how_it_ended()
+                    reason, killed = worker.how_it_ended()
                 else:
                     if isinstance(message, _Ready):
                         worker.became_ready()
@@ -88,19 +89,21 @@ class ProcessPool(Generic[Task, Result]):
                         raise message
                     elif worker.key is not None:
                         found.append((worker.key, message))
-                        worker.key = None
+                        worker.key, worker.is_second = None, False
                     continue
             elif worker.is_ready and worker.busy_seconds > self._limits.seconds:
                 reason = f"took longer than {self._limits.seconds:g} s"
             if reason is not None:
                 worker.end()
-                if not worker.is_ready:
+                self._workers[index] = _Worker(self._work, self._limits.memory_bytes)
+                if killed and not worker.is_second:
+                    self._workers[index].take_over(worker)
+                elif not worker.is_ready:
                     raise ViewpointError(
                         f"A worker process could not start: it {reason}. Its error stands above this one."
                     )
-                if worker.key is not None:
+                elif worker.key is not None:
                     found.append((worker.key, Died(reason)))
-                self._workers[index] = _Worker(self._work, self._limits.memory_bytes)
         return found
 
 
@@ -117,7 +120,9 @@ class _Worker:
             self.process.start()
         theirs.close()  # else the end of the process would not show as the end of the pipe
         self.key: int | None = None
+        self.is_second = False  # in place of one that was killed at the same task
         self.is_ready = False
+        self._task: object = None
         self._began = 0.0
 
     @property
@@ -127,24 +132,31 @@ class _Worker:
 
     def begin(self, key: int, task: object) -> None:
         """Sends a task."""
-        self.key, self._began = key, time.monotonic()
+        self.key, self._task, self._began = key, task, time.monotonic()
         try:
             self.connection.send(task)
         except ConnectionError:
             return  # it has ended, which shows when its results are asked for
 
+    def take_over(self, killed: "_Worker") -> None:
+        """Does the task of a killed one, if it had one."""
+        self.is_second = True
+        if killed.key is not None:
+            self.begin(killed.key, killed._task)
+
     def became_ready(self) -> None:
         """Time spent on starting is not the task's."""
         self.is_ready, self._began = True, time.monotonic()
 
-    def how_it_ended(self) -> str:
-        """What became of a process whose pipe is closed."""
+    def how_it_ended(self) -> tuple[str, bool]:
+        """What became of a process whose pipe is closed, and whether somebody killed it."""
         self.process.join(5)
         code = self.process.exitcode
         if code is not None and code < 0:
             name = signal.Signals(-code).name
-            return f"was ended by {name}" + (", perhaps for lack of memory" if -code == signal.SIGKILL else "")
-        return f"ended with exit code {code}"
+            killed = -code == signal.SIGKILL
+            return f"was ended by {name}" + (", perhaps for lack of memory" if killed else ""), killed
+        return f"ended with exit code {code}", False
 
     def end(self) -> None:
         """Ends the process at once; it holds nothing that could be half written."""

@@ -18,6 +18,9 @@ def behave(task: str) -> str:
     """Does what the task says; runs in a worker."""
     if task == "crash":
         os.kill(os.getpid(), signal.SIGKILL)
+    if task.startswith("killed once:") and not Path(task.partition(":")[2]).exists():
+        Path(task.partition(":")[2]).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
     if task == "leave":
         os._exit(3)
     if task == "hang":
@@ -55,6 +58,28 @@ def test_a_task_that_kills_its_process_costs_itself_only() -> None:
     assert [found[key] for key in (0, 2, 4)] == ["A", "B", "C"]
     assert found[1] == Died("was ended by SIGKILL, perhaps for lack of memory")
     assert found[3] == Died("ended with exit code 3")
+
+
+def test_a_task_whose_process_somebody_killed_is_done_once_more(tmp_path: Path) -> None:
+    marks = [f"killed once:{tmp_path / name}" for name in "ab"]
+    assert results_of(["a", *marks, "b"], num_workers=1) == {0: "A", 1: marks[0].upper(), 2: marks[1].upper(), 3: "B"}
+
+
+def test_a_process_that_was_killed_while_it_started_or_waited_is_replaced() -> None:
+    with ProcessPool(behave, 2, Limits(30, GIB)) as pool:
+        for worker in pool._workers:
+            worker.process.kill()
+        pool.offer(0, "a")
+        found: dict[int, str | Died] = {}
+        while not found:
+            found |= dict(pool.results(0.1))
+        idle = next(worker for worker in pool._workers if worker.is_ready)
+        idle.process.kill()
+        idle.process.join()
+        assert pool.offer(1, "b")
+        while len(found) < 2:
+            found |= dict(pool.results(0.1))
+    assert found == {0: "A", 1: "B"}
 
 
 def test_a_task_that_asks_for_too_much_memory_is_told_so_and_the_others_go_on() -> None:
