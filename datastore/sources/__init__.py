@@ -167,11 +167,15 @@ def require_count(what: str, found: int, promised: int, options: ReadingOptions)
 
 def _formats() -> tuple[type[Source], ...]:
     """Every format, in the order in which they are tried: those with a telling file first, bare folders last."""
+    from datastore.sources.crosspoint_pairs import CrossPointPairs
     from datastore.sources.demo import DemoSource
     from datastore.sources.mesh_bundle import MeshBundle
     from datastore.sources.mesh_folder import MeshFolder
+    from datastore.sources.mesh_index import MeshIndex
+    from datastore.sources.objaverse import Objaverse
+    from datastore.sources.pointmcd_tree import PointMcdTree
 
-    return (DemoSource, MeshBundle, MeshFolder)
+    return (DemoSource, CrossPointPairs, PointMcdTree, MeshBundle, Objaverse, MeshIndex, MeshFolder)
 
 
 def format_table() -> str:
