@@ -24,6 +24,7 @@ _SPACING_NEIGHBOUR: Final = 5
 """A disc reaches to this nearest neighbour: of points spread by chance, fewer than one place in a hundred stays open."""
 
 _LARGEST_DISC: Final = 2.5  # times the median radius: a stray point is no wall
+_MIDDLE: Final = 0.55  # of a disc's radius
 _SMALLEST_DISC: Final = 0.75  # fine pixels: smaller ones would fall between
 _SAME_SURFACE: Final = 0.5  # radii behind the nearest disc, within which discs are averaged
 _FRAGMENTS_AT_ONCE: Final = 500_000  # bounds memory, whatever the cloud
@@ -108,14 +109,11 @@ def _plane_normals(points: Float32[np.ndarray, "n 3"], groups: Int64[np.ndarray,
 def _draw(discs: _Discs, rig: CameraRig) -> tuple[Float32[np.ndarray, "h w 3"], Float32[np.ndarray, "h w"]]:
     """Colours and depth of one view at the fine size; the discs are in camera axes."""
     size = rig.image_size
-    nearest = np.full(size * size, np.inf, dtype=np.float32)
-    for _, pixels, depth, _ in _fragments(discs, rig):
-        np.minimum.at(nearest, pixels, depth)
-
+    nearest = _nearest(discs, rig)
     weights = np.zeros(size * size)
     normals, colours = np.zeros((3, size * size)), np.zeros((3, size * size))
-    for of_disc, pixels, depth, weight in _fragments(discs, rig):
-        front = np.flatnonzero(depth <= nearest[pixels] + _SAME_SURFACE * discs.radii[of_disc])
+    for of_disc, pixels, depth, weight, _ in _fragments(discs, rig):
+        front = np.flatnonzero(np.abs(depth - nearest[pixels]) <= _SAME_SURFACE * discs.radii[of_disc] + 1e-6)
         of_disc, pixels, weight = of_disc[front], pixels[front], weight[front]
         weights += np.bincount(pixels, weight, size * size)
         # normals point to either side; before they can be averaged they must all face the camera
@@ -136,10 +134,38 @@ def _draw(discs: _Discs, rig: CameraRig) -> tuple[Float32[np.ndarray, "h w 3"], 
     return image.reshape(size, size, 3), nearest.reshape(size, size)
 
 
+def _nearest(discs: _Discs, rig: CameraRig) -> Float32[np.ndarray, " hw"]:
+    """Depth of the surface in each pixel of one view, infinity where there is none.
+
+    It is where discs have their middles and in gaps between those, which whole discs close: where they reach farther,
+    they would stand out beyond every edge of the shape.
+    """
+    from scipy.ndimage import maximum_filter, minimum_filter
+
+    size = rig.image_size
+    of_middles, of_all = np.full((2, size * size), np.inf, dtype=np.float32)
+    for _, pixels, depth, _, is_middle in _fragments(discs, rig):
+        np.minimum.at(of_all, pixels, depth)
+        np.minimum.at(of_middles, pixels[is_middle], depth[is_middle])
+    radius = float(np.median(discs.radii))
+    gap = {
+        "size": 1 + 2 * int(np.ceil(1.5 * radius * rig.focal_length / rig.distance)),
+        "mode": "constant",
+        "cval": np.inf,
+    }
+    without_gaps = maximum_filter(minimum_filter(of_middles.reshape(size, size), **gap), **gap).reshape(-1)
+    nearest: Float32[np.ndarray, " hw"] = np.where(of_all >= without_gaps - radius, of_all, of_middles)
+    return nearest
+
+
 Fragments = tuple[
-    Int64[np.ndarray, " n"], Int64[np.ndarray, " n"], Float32[np.ndarray, " n"], Float32[np.ndarray, " n"]
+    Int64[np.ndarray, " n"],
+    Int64[np.ndarray, " n"],
+    Float32[np.ndarray, " n"],
+    Float32[np.ndarray, " n"],
+    Bool[np.ndarray, " n"],
 ]
-"""Disc, pixel, depth there, and weight: 1 in a disc's middle and towards 0 at its rim."""
+"""Disc, pixel, depth there, weight (1 in a disc's middle and towards 0 at its rim), and whether it is of the middle."""
 
 
 def _fragments(discs: _Discs, rig: CameraRig) -> Iterator[Fragments]:
@@ -163,12 +189,14 @@ def _fragments(discs: _Discs, rig: CameraRig) -> Iterator[Fragments]:
             depth, squared = _where_rays_meet(discs, of_disc, column, row, rig)
             inside = squared < radii[of_disc] ** 2
             # a disc seen edge-on is a dot at least: it would otherwise vanish between the rays
-            inside |= np.hypot(column - columns[of_disc], row - rows[of_disc]) < _SMALLEST_DISC
+            dot = np.hypot(column - columns[of_disc], row - rows[of_disc]) < _SMALLEST_DISC
+            inside |= dot
             inside &= (column >= 0) & (column < size) & (row >= 0) & (row < size)
             share = squared[inside] / np.broadcast_to(radii[of_disc] ** 2, inside.shape)[inside]
             weight = np.square(np.maximum(1 - share, 0))
             disc = np.broadcast_to(of_disc, inside.shape)[inside]
-            yield disc, (row * size + column)[inside], depth[inside], weight + np.float32(1e-4)
+            is_middle = dot[inside] | (share < _MIDDLE**2)
+            yield disc, (row * size + column)[inside], depth[inside], weight + np.float32(1e-4), is_middle
 
 
 def _where_rays_meet(
