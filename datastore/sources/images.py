@@ -3,7 +3,8 @@
 import io
 import struct
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import numpy as np
@@ -18,6 +19,8 @@ _FORMATS: Final = ("PNG", "JPEG", "WEBP")
 _COLOUR_MODES: Final = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
 """Others (16-bit grey, floats) are depth maps and the like; squeezed into 8 bits they would be no view of anything."""
 
+_FETCHED_AT_ONCE: Final = 8
+
 _DECODING_FAILS: Final = (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error)  # by kind of damage
 
 
@@ -25,15 +28,13 @@ def read_views(files: SourceFiles, paths: Sequence[str], size: int) -> UInt8[np.
     """The images of one shape, in the order of their paths. ShapeError where one is missing, damaged or of another size."""
     views = np.empty((len(paths), size, size, 3), np.uint8)
     missing = []
-    for number, path in enumerate(paths):
-        try:
-            content = files.read(path)
-        except SourceError as error:
-            if files.exists(path):
-                raise ShapeError(str(error).rstrip(".")) from error
+    for number, (path, content) in enumerate(zip(paths, _contents(files, paths), strict=True)):
+        if isinstance(content, bytes):
+            views[number] = _decoded(content, files.where(path), size)
+        elif files.exists(path):
+            raise ShapeError(str(content)) from content
+        else:
             missing.append(path)
-            continue
-        views[number] = _decoded(content, files.where(path), size)
     if missing:
         more = f" and {len(missing) - 3} more" if missing[3:] else ""
         raise ShapeError(
@@ -64,6 +65,22 @@ def first_image_size(files: SourceFiles, paths: Iterable[str]) -> int:
         f"{files.where(tried or '')} and the images after it cannot be read: there are no views to take. "
         f"Fetch them, or check that they lie where the format has them"
     )
+
+
+def _contents(files: SourceFiles, paths: Sequence[str]) -> Iterator[bytes | SourceError]:
+    """Each file, or why it cannot be read. Remote ones are fetched side by side: what takes time is waiting."""
+
+    def content(path: str) -> bytes | SourceError:
+        try:
+            return files.read(path)
+        except SourceError as error:
+            return error
+
+    if files.is_local:
+        yield from map(content, paths)
+        return
+    with ThreadPoolExecutor(_FETCHED_AT_ONCE, thread_name_prefix="fetch-images") as pool:
+        yield from pool.map(content, paths)
 
 
 def _decoded(content: bytes, where: str, size: int) -> UInt8[np.ndarray, "h w 3"]:
