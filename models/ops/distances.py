@@ -5,7 +5,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from models.ops.checks import check_clouds, check_no_nan, check_same_clouds
-from models.ops.neighbours import gather, nearest_neighbours, squared_distances
+from models.ops.neighbours import gather, nearest_neighbours
+from models.ops.reference import squared_distances
 
 _AVOIDS_INFINITE_SLOPE = 1e-12  # added under the root of a squared distance
 
@@ -20,6 +21,7 @@ def chamfer_distance(
     check_clouds("a", a)
     check_clouds("b", b)
     check_same_clouds("a", a, "b", b)
+    check_no_nan(a=a, b=b)
     distances = []
     for source, other in ((a, b), (b, a)):
         partners = gather(other, nearest_neighbours(source, other, 1).indices.squeeze(-1))
@@ -77,6 +79,8 @@ def match_by_auction(
         raise ValueError(
             f"predicted is {tuple(predicted.shape)} and target is {tuple(target.shape)}: an exchange of points needs as many on both sides."
         )
+    if not epsilon > 0:
+        raise ValueError(f"epsilon is {epsilon}; expected more than 0, the least that a bid raises a price by.")
     matching: Tensor = _match_by_auction(predicted.detach().float(), target.detach().float(), epsilon, max_rounds)
     return matching
 

@@ -3,7 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from models.ops.neighbours import gather, nearest_neighbours
+from models.ops.checks import check_no_nan
+from models.ops.neighbours import nearest_neighbours, weighted_sum
 
 _AVOIDS_DIVISION_BY_ZERO = 1e-8
 
@@ -19,7 +20,7 @@ def interpolate_from_three(
         raise ValueError(
             f"features is {tuple(features.shape)} and known is {tuple(known.shape)}: clouds and points must agree."
         )
+    check_no_nan(known=known, targets=targets)
     nearest = nearest_neighbours(targets, known, min(3, known.shape[1]))
     weights = 1 / (nearest.squared_distances + _AVOIDS_DIVISION_BY_ZERO)
-    weights = (weights / weights.sum(dim=-1, keepdim=True)).to(features.dtype)
-    return (gather(features, nearest.indices) * weights[..., None]).sum(dim=2)
+    return weighted_sum(features, nearest.indices, weights / weights.sum(dim=-1, keepdim=True))

@@ -1,12 +1,15 @@
 """The nearest points, the points within a radius, and the features of whichever points an index names."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from models.ops.checks import check_clouds, check_count, check_indices, check_no_nan, check_same_clouds
+from models.ops.tiers import implementation
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,7 @@ class Neighbours:
 def nearest_neighbours(queries: Float[Tensor, "b m d"], points: Float[Tensor, "b n d"], k: int) -> Neighbours:
     """The k nearest points of each query, ascending by distance, of equals the lowest index first. No gradient.
 
-    Distances are float32 whatever comes in and also under autocast. In up to three dimensions they are sums of squared
-    differences; in feature spaces they are taken from a matrix product, which costs some of the last digits.
+    Distances are sums of squared differences in float32, whatever comes in and also under autocast.
     """
     check_clouds("queries", queries, None)
     check_clouds("points", points, None)
@@ -48,24 +50,96 @@ def ball_query(
         raise ValueError(f"k is {k}; expected at least 1.")
     if not radius > 0:
         raise ValueError(f"radius is {radius}; expected more than 0.")
-    indices: Tensor = _ball_query(centres.detach().float(), points.detach().float(), radius, k)
+    indices: Tensor = _ball_query(centres.detach().float(), points.detach().float(), radius**2, k)
     return indices
 
 
 def gather(features: Float[Tensor, "b n c"], indices: Int64[Tensor, "b *s"]) -> Float[Tensor, "b *s c"]:
     """Row `indices[b, ...]` of cloud b's features, for each index. The gradient is summed in the same order each time."""
+    rows = _rows_of_all_clouds(features, indices)
+    gathered: Tensor = _Gather.apply(features.flatten(0, 1), rows.flatten())
+    return gathered.view(*indices.shape, features.shape[-1])
+
+
+def weighted_sum(
+    features: Float[Tensor, "b n c"], indices: Int64[Tensor, "b m j"], weights: Float[Tensor, "b m j"]
+) -> Float[Tensor, "b m c"]:
+    """The sum of rows `indices[b, m]` of cloud b's features times their weights, without the rows in memory.
+
+    Gradients reach the features, in a fixed order of summation, and not the weights.
+    """
+    if weights.shape != indices.shape:
+        raise ValueError(f"weights is {tuple(weights.shape)}; expected {tuple(indices.shape)}, one for each index.")
+    rows = _rows_of_all_clouds(features, indices).flatten(0, 1)
+    weights = weights.detach().flatten(0, 1).to(features.dtype)
+    summed: Tensor = _WeightedSum.apply(features.flatten(0, 1), rows, weights)
+    return summed.view(*indices.shape[:2], features.shape[-1])
+
+
+def _rows_of_all_clouds(features: Tensor, indices: Tensor) -> Tensor:
+    """Indices into the features of all clouds, one after the other."""
     check_clouds("features", features, None)
     check_same_clouds("features", features, "indices", indices)
     check_indices("indices", indices, "features", features.shape[1])
-    offsets = torch.arange(len(features), device=features.device) * features.shape[1]
-    rows = indices.flatten(1) + offsets[:, None]
-    return features.flatten(0, 1).index_select(0, rows.flatten()).view(*indices.shape, -1)
+    first_rows = torch.arange(len(features), device=features.device) * features.shape[1]
+    return indices + first_rows.view(-1, *[1] * (indices.ndim - 1))
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of a matrix [n, c] by index [r]."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.num_rows = len(features)
+        return features.index_select(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return _sum_by_row(gradient, rows, None, ctx.num_rows), None
+
+
+class _WeightedSum(torch.autograd.Function):
+    """Sums of a matrix's rows [n, c] by index [r, j] times weights [r, j]."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights)
+        ctx.num_rows = len(features)
+        return torch.nn.functional.embedding_bag(rows, features, mode="sum", per_sample_weights=weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        rows, weights = ctx.saved_tensors
+        return _sum_by_row(gradient, rows, weights, ctx.num_rows), None, None
+
+
+def _sum_by_row(gradient: Tensor, rows: Tensor, weights: Tensor | None, num_rows: int) -> Tensor:
+    """Adds gradient [r, c] times weights [r, j] to rows [r, j] of zeros [num_rows, c].
+
+    Sorted by row, every sum has one writer and one order; on CPUs and GPUs that also beats adding to scattered rows.
+    """
+    width = rows.shape[1] if rows.ndim == 2 else 1
+    order = rows.flatten().argsort(stable=True)
+    counts = torch.bincount(rows.flatten(), minlength=num_rows)
+    return torch.nn.functional.embedding_bag(
+        order // width if width > 1 else order,
+        gradient.contiguous(),
+        counts.cumsum(0) - counts,
+        mode="sum",
+        per_sample_weights=None if weights is None else weights.flatten()[order],
+    )
 
 
 @torch.library.custom_op("viewpoint::nearest_neighbours", mutates_args=())
 def _nearest_neighbours(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """An operation of its own, so that torch.compile passes it by instead of looking inside; so is the next."""
     check_no_nan(queries=queries, points=points)
-    return smallest(squared_distances(queries, points), k)
+    indices, squared = implementation(queries, points).nearest_neighbours(queries, points, k)
+    return indices, squared
 
 
 @_nearest_neighbours.register_fake
@@ -75,43 +149,12 @@ def _(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("viewpoint::ball_query", mutates_args=())
-def _ball_query(centres: Tensor, points: Tensor, radius: float, k: int) -> Tensor:
+def _ball_query(centres: Tensor, points: Tensor, squared_radius: float, k: int) -> Tensor:
     check_no_nan(centres=centres, points=points)
-    squared = squared_distances(centres, points)
-    within = squared < radius**2
-    num_points = points.shape[1]
-    order = torch.where(within, torch.arange(num_points, device=points.device), num_points)
-    found = order.sort(dim=-1).values[..., :k]
-    if k > num_points:
-        found = torch.cat([found, found.new_full((*found.shape[:2], k - num_points), num_points)], dim=-1)
-    first = torch.where(within.any(dim=-1), found[..., 0], squared.argmin(dim=-1))
-    return torch.where(found == num_points, first[..., None], found)
+    indices: Tensor = implementation(centres, points).ball_query(centres, points, squared_radius, k)
+    return indices
 
 
 @_ball_query.register_fake
-def _(centres: Tensor, points: Tensor, radius: float, k: int) -> Tensor:
+def _(centres: Tensor, points: Tensor, squared_radius: float, k: int) -> Tensor:
     return centres.new_empty((*centres.shape[:2], k), dtype=torch.int64)
-
-
-def squared_distances(queries: Tensor, points: Tensor) -> Tensor:
-    """From each query to each point, float32 [b, m, n]."""
-    if queries.shape[-1] <= 3:
-        total = torch.zeros((), device=points.device)
-        for query, point in zip(queries.unbind(-1), points.unbind(-1), strict=True):
-            total = total + (query[:, :, None] - point[:, None, :]).square()
-        return total
-    with torch.autocast(queries.device.type, enabled=False):
-        centre = points.mean(dim=1, keepdim=True)
-        queries, points = queries - centre, points - centre
-        squares = queries.square().sum(-1)[:, :, None] + points.square().sum(-1)[:, None, :]
-        return torch.baddbmm(squares, queries, points.transpose(1, 2), alpha=-2).clamp_min_(0)
-
-
-def smallest(distances: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Indices and values of the k smallest entries of each row, ascending, of equals the lowest index first.
-
-    Non-negative floats order like the integers with the same bits; with the index in the low half no two are equal.
-    """
-    keys = distances.view(torch.int32).long() << 32 | torch.arange(distances.shape[-1], device=distances.device)
-    found = keys.topk(k, dim=-1, largest=False, sorted=True).values
-    return found & 0xFFFFFFFF, (found >> 32).int().view(torch.float32)

@@ -5,6 +5,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from models.ops.checks import check_clouds, check_count, check_indices, check_no_nan
+from models.ops.tiers import implementation
 
 
 def farthest_points(
@@ -32,24 +33,10 @@ def farthest_points(
 def _farthest_points(points: Tensor, start: Tensor, num_samples: int) -> Tensor:
     """An operation of its own, so that torch.compile passes it by instead of looking inside."""
     check_no_nan(points=points)
-    return _in_torch(points, start, num_samples)
+    indices: Tensor = implementation(points).farthest_points(points, start, num_samples)
+    return indices
 
 
 @_farthest_points.register_fake
 def _(points: Tensor, start: Tensor, num_samples: int) -> Tensor:
     return start.new_empty(len(points), num_samples)
-
-
-def _in_torch(points: Tensor, start: Tensor, num_samples: int) -> Tensor:
-    """The reference: one step a sample, over all clouds at once."""
-    x, y, z = points.unbind(-1)
-    nearest = torch.full_like(x, torch.inf)
-    chosen = [start[:, None]]
-    for _ in range(num_samples - 1):
-        last = chosen[-1]
-        squared = (x - x.gather(1, last)).square()
-        squared += (y - y.gather(1, last)).square()
-        squared += (z - z.gather(1, last)).square()
-        nearest = torch.minimum(nearest, squared).scatter(1, last, -1)  # below every distance: never chosen again
-        chosen.append(nearest.argmax(dim=1, keepdim=True))
-    return torch.cat(chosen, dim=1)

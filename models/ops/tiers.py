@@ -5,19 +5,27 @@ on CUDA devices (Triton). All give the same result. The environment variable VIE
 takes one of them for all that follows; VIEWPOINT_OPS_CHECK=1, or `checking`, refuses NaN in what comes in.
 """
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import Literal, get_args
+from types import ModuleType
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor
 
 Tier = Literal["reference", "cpu", "triton"]
 Setting = Literal["auto", "reference", "cpu", "triton"]
+
+_MODULES: Final[dict[Tier, str]] = {
+    "reference": "models.ops.reference",
+    "cpu": "models.ops.cpu",
+    "triton": "models.ops.triton_kernels",
+}
 
 _setting: ContextVar[Setting | None] = ContextVar("ops", default=None)
 _checks: ContextVar[bool | None] = ContextVar("ops_check", default=None)
@@ -42,6 +50,11 @@ def choose(*tensors: Tensor) -> Tier:
             f"Triton needs a CUDA device; leave it at auto, or set TRITON_INTERPRET=1 to run its kernels slowly in Python."
         )
     return setting
+
+
+def implementation(*tensors: Tensor) -> ModuleType:
+    """The module of the tier that `choose` names; all of them hold the same functions."""
+    return importlib.import_module(_MODULES[choose(*tensors)])
 
 
 def current_setting() -> Setting:
