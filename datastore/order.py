@@ -1,16 +1,19 @@
 """Which samples come when: pure functions of (seed, epoch, position), O(1) in time and memory whatever the corpus.
 
-Samples are numbered 0 .. num_samples - 1 and lie in shards of `shard_rows` consecutive numbers; the last shard may be
-ragged. An epoch visits the shards in a keyed order, cut into windows of at most `window_shards` neighbours of nearly
-equal count, and shuffles the samples inside each window. So whoever reads along holds one window of shards, and a
-position is looked up without anything before it.
+Samples are numbered 0 .. num_samples - 1 and lie in units of `unit_samples` consecutive numbers; the last unit may be
+ragged. An epoch puts the units into a keyed order, cuts that into windows of at most `window_units` neighbours of nearly
+equal count, and shuffles the samples inside each window. A position in this sequence is looked up without anything
+before it, and whoever reads a stretch of it holds one window at a time.
+
+A global batch takes samples from many such stretches at once, the `Lanes`: so it mixes many units, while a process that
+takes a part of each batch reads only the lanes of its part, and all processes together read every unit about once.
 
 Both shuffles are keyed bijections: a Feistel network over a near-square grid just large enough for the range; whatever
-leaves the range walks on until it is back inside. Nothing here knows ranks, workers or batches: `stream.py` cuts
-positions into global batches, so the samples of global batch k are the same for any number of processes.
+leaves the range walks on until it is back inside. Nothing here knows ranks or workers: `stream.py` shares out each
+global batch, so its samples are the same for any number of processes.
 """
 
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,32 +24,30 @@ Integers = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
 # Words that keep the uses of one seed apart.
-_SHARDS: Final = 1
+_UNITS: Final = 1
 _WINDOW: Final = 2
 _SAMPLE: Final = 3
 _ROUND: Final = 4
 
-_ROUNDS: Final = 16  # with 12, a chi-square test still sees a bias in the orders of five to eight shards
+_ROUNDS: Final = 16  # with 12, a chi-square test still sees a bias in the orders of five to eight units
 _LARGEST_RANGE: Final = 2**53  # float64 roots stay exact enough for the grid, and no product leaves 64 bits
 
 
 class Order:
     """The order of `num_samples` samples in every epoch."""
 
-    def __init__(self, num_samples: int, shard_rows: int, window_shards: int, seed: int) -> None:
+    def __init__(self, num_samples: int, unit_samples: int, window_units: int, seed: int) -> None:
         if not 0 < num_samples <= _LARGEST_RANGE:
             raise ValueError(f"an order needs 1 to {_LARGEST_RANGE} samples, not {num_samples}")
-        if shard_rows < 1 or window_shards < 1:
-            raise ValueError(
-                f"shards of {shard_rows} rows and windows of {window_shards} shards: both must be positive"
-            )
-        self.num_samples, self.shard_rows, self.seed = num_samples, shard_rows, seed
-        self.num_shards = -(-num_samples // shard_rows)
-        self.num_windows = -(-self.num_shards // window_shards)
-        self._missing = self.num_shards * shard_rows - num_samples  # rows that the ragged shard lacks
-        # The first `_larger_windows` windows hold one shard more than the others: no epoch ends in a window of one
-        # shard while the others hold many.
-        self._window_shards, self._larger_windows = divmod(self.num_shards, self.num_windows)
+        if unit_samples < 1 or window_units < 1:
+            raise ValueError(f"units of {unit_samples} rows and windows of {window_units} units: both must be positive")
+        self.num_samples, self.unit_samples, self.seed = num_samples, unit_samples, seed
+        self.num_units = -(-num_samples // unit_samples)
+        self.num_windows = -(-self.num_units // window_units)
+        self._missing = self.num_units * unit_samples - num_samples  # rows that the ragged unit lacks
+        # The first `_larger_windows` windows hold one unit more than the others: no epoch ends in a window of one
+        # unit while the others hold many.
+        self._window_units, self._larger_windows = divmod(self.num_units, self.num_windows)
 
     def sample(self, epoch: int, position: int) -> int:
         """The sample at one position of an epoch."""
@@ -54,60 +55,91 @@ class Order:
 
     @property
     def largest_window(self) -> int:
-        """How many shards a window has at most."""
-        return self._window_shards + (self._larger_windows > 0)
+        """How many units a window has at most."""
+        return self._window_units + (self._larger_windows > 0)
 
     def samples(self, epoch: int, positions: Integers) -> Integers:
         """The samples at these positions of an epoch, each in [0, num_samples)."""
         ragged = self._ragged_slot(epoch)
-        window = self._window_of_slot(self._padded(positions, ragged) // self.shard_rows)
+        window = self._window_of_slot(self._padded(positions, ragged) // self.unit_samples)
         start = self._window_start(window, ragged)
         size = self._window_start(window + 1, ragged) - start
         shuffled = start + permute(positions - start, size, keyed_hash(_WINDOW, self.seed, epoch, window))
-        slot, row = np.divmod(self._padded(shuffled, ragged), self.shard_rows)
-        return permute(slot, self.num_shards, self._shard_key(epoch)) * self.shard_rows + row
+        slot, row = np.divmod(self._padded(shuffled, ragged), self.unit_samples)
+        return permute(slot, self.num_units, self._unit_key(epoch)) * self.unit_samples + row
 
     def windows(self, epoch: int, positions: Integers) -> Integers:
         """The windows that these positions of an epoch lie in."""
-        return self._window_of_slot(self._padded(positions, self._ragged_slot(epoch)) // self.shard_rows)
+        return self._window_of_slot(self._padded(positions, self._ragged_slot(epoch)) // self.unit_samples)
 
-    def window_shards(self, epoch: int, window: int) -> Integers:
-        """The shards whose samples one window of an epoch shuffles."""
+    def window_units(self, epoch: int, window: int) -> Integers:
+        """The units whose samples one window of an epoch shuffles."""
         slots = np.arange(self._first_slot(window), self._first_slot(window + 1), dtype=np.int64)
-        return permute(slots, self.num_shards, self._shard_key(epoch))
+        return permute(slots, self.num_units, self._unit_key(epoch))
 
     def window_start(self, epoch: int, window: int) -> int:
         """The first position of a window; that of the window after the last is `num_samples`."""
         return int(self._window_start(np.array([window], dtype=np.int64), self._ragged_slot(epoch))[0])
 
-    # The ragged shard may stand anywhere in an epoch. Slots are places for whole shards, `padded` positions count as if
-    # every slot were full, and the rows that the ragged shard lacks are stepped over: no position is lost or visited
+    # The ragged unit may stand anywhere in an epoch. Slots are places for whole units, `padded` positions count as if
+    # every slot were full, and the rows that the ragged unit lacks are stepped over: no position is lost or visited
     # twice, and every window is exact.
 
     def _ragged_slot(self, epoch: int) -> int:
-        last = np.array([self.num_shards - 1], dtype=np.int64)
-        return int(permute(last, self.num_shards, self._shard_key(epoch), inverse=True)[0])
+        last = np.array([self.num_units - 1], dtype=np.int64)
+        return int(permute(last, self.num_units, self._unit_key(epoch), inverse=True)[0])
 
     def _padded(self, positions: Integers, ragged: int) -> Integers:
-        return positions + self._missing * (positions >= (ragged + 1) * self.shard_rows - self._missing)
+        return positions + self._missing * (positions >= (ragged + 1) * self.unit_samples - self._missing)
 
     def _window_start(self, window: Integers, ragged: int) -> Integers:
-        slot = window * self._window_shards + np.minimum(window, self._larger_windows)
-        return slot * self.shard_rows - self._missing * (slot > ragged)
+        slot = window * self._window_units + np.minimum(window, self._larger_windows)
+        return slot * self.unit_samples - self._missing * (slot > ragged)
 
     def _window_of_slot(self, slot: Integers) -> Integers:
-        in_larger = self._larger_windows * (self._window_shards + 1)
+        in_larger = self._larger_windows * (self._window_units + 1)
         return np.where(
             slot < in_larger,
-            slot // (self._window_shards + 1),
-            self._larger_windows + (slot - in_larger) // self._window_shards,
+            slot // (self._window_units + 1),
+            self._larger_windows + (slot - in_larger) // self._window_units,
         )
 
     def _first_slot(self, window: int) -> int:
-        return window * self._window_shards + min(window, self._larger_windows)
+        return window * self._window_units + min(window, self._larger_windows)
 
-    def _shard_key(self, epoch: int) -> Words:
-        return keyed_hash(_SHARDS, self.seed, epoch)
+    def _unit_key(self, epoch: int) -> Words:
+        return keyed_hash(_UNITS, self.seed, epoch)
+
+
+Remainder = Literal["drop", "pad"]
+
+
+class Lanes:
+    """How the global batches of an epoch are cut from the order: some samples of each from every lane.
+
+    A lane is a stretch of the order, from which batch after batch takes its share. What an epoch has left after its last
+    whole batch is dropped, other samples each time; with "pad" it makes one more batch, filled up from the beginning.
+    """
+
+    def __init__(self, num_samples: int, global_batch: int, num_lanes: int, remainder: Remainder = "drop") -> None:
+        if not 0 < global_batch <= num_samples:
+            raise ValueError(f"global batches of {global_batch} out of {num_samples} samples")
+        self.num_samples, self.global_batch = num_samples, global_batch
+        self.num_lanes = min(num_lanes, global_batch)
+        self.num_batches = num_samples // global_batch if remainder == "drop" else -(-num_samples // global_batch)
+
+    def lane_of(self, offset: Integers) -> Integers:
+        """The lane that a place in a global batch takes its samples from."""
+        return offset * self.num_lanes // self.global_batch
+
+    def positions(self, batch: Integers, offset: Integers) -> Integers:
+        """Where in the epoch's order the sample at this place of this global batch stands."""
+        lane = self.lane_of(offset)
+        first = -(-lane * self.global_batch // self.num_lanes)  # the first place of the lane in a batch
+        width = -(-(lane + 1) * self.global_batch // self.num_lanes) - first
+        # the lanes before this one take `first` samples of each batch
+        position: Integers = self.num_batches * first + batch * width + (offset - first)
+        return position % self.num_samples  # beyond the end only where batches are padded
 
 
 def sample_seeds(seed: int, epoch: int, ids: Integers) -> Integers:

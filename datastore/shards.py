@@ -1,12 +1,15 @@
-"""Rows of one shard, straight from its object: checked against the manifest, and decoded without zarr's machinery.
+"""Rows of one field, straight from its shard objects: ranges of bytes, checked, and decoded without zarr's machinery.
 
 zarr-python delivers a tenth to a quarter of the rate at which the same bytes can be fetched. A shard of this store is
-simple enough to take apart by hand: chunks of a few rows one after the other, then an index of (offset, length) pairs,
-then that index's checksum. `Store.read` gives the same rows by plain zarr; a test holds the two against each other.
+simple enough to take apart by hand: chunks of a few rows one after the other, each with its checksum behind it, then an
+index of (offset, length) pairs, then that index's checksum. Neighbouring chunks are one request, so a reader that wants
+a stretch of rows asks once for the index, which it keeps, and once for the stretch. `Store.read` gives the same rows by
+plain zarr; a test holds the two against each other.
 """
 
 import math
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Final
@@ -17,13 +20,15 @@ from jaxtyping import Int64, Shaped
 from numcodecs import blosc, zstd
 
 from datastore.errors import StoreError
+from datastore.fetch import Fetcher, FetchFailed
 from datastore.layout import Store, StoredField
 from datastore.schema import Codec
 
 _INDEX_ENTRY: Final = np.dtype([("offset", "<u8"), ("length", "<u8")])
 _CHECKSUM_BYTES: Final = 4
-_READS: Final = 2
-"""Transfers go wrong more often than disks do: what does not match its checksum is read once more before it counts."""
+_KEPT_BYTES: Final = 16 * 2**20
+"""Of indices, and of chunks so small that a thousand rows share one: they are asked for again and again."""
+_SMALL_CHUNK_BYTES: Final = 2**16
 
 _DECOMPRESS: Final[dict[Codec, Callable[[memoryview, np.ndarray], object]]] = {
     "lz4": blosc.decompress,
@@ -32,20 +37,20 @@ _DECOMPRESS: Final[dict[Codec, Callable[[memoryview, np.ndarray], object]]] = {
 
 
 class ShardReader:
-    """Reads shards of one field. `num_points`: only the first so many along the axis p, where the field has one."""
+    """Reads rows of one field. `num_points`: only the first so many along the axis p, where the field has one."""
 
-    def __init__(self, store: Store, stored: StoredField, num_points: int | None = None) -> None:
+    def __init__(self, store: Store, stored: StoredField, fetcher: Fetcher, num_points: int | None = None) -> None:
         self.stored = stored
-        self.bytes_read = 0
-        self.shards_read = 0
-        self._counting = threading.Lock()  # threads share a reader
-        self._folder = store.folder
+        self._url = store.url
+        self._fetcher = fetcher
         self._sums = store.manifest.scope(stored.scope).shards[stored.field.name]
         self._kept = stored.stored_row_shape
         if num_points is not None and "p" in stored.field.axes:
             axis = stored.field.axes.index("p")
             assert axis == 0, f"{stored.path} has points on axis {axis} of a row"
             self._kept = (num_points, *stored.stored_row_shape[1:])
+        self._indices = _Kept(_KEPT_BYTES)
+        self._small_chunks = _Kept(_KEPT_BYTES)
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -57,70 +62,132 @@ class ShardReader:
         """Memory that one row takes."""
         return math.prod(self._kept) * np.dtype(self.stored.stored_dtype).itemsize
 
-    def read(self, shard: int, rows: Int64[np.ndarray, " r"]) -> Shaped[np.ndarray, "r ..."]:
-        """The given rows, ascending and all of this shard, as they lie in the store."""
-        content = self._verified(shard)
-        return self._decode(content, rows - shard * self.stored.shard_rows, self.stored.shard_name(shard))
-
-    def _verified(self, shard: int) -> bytes:
-        """A shard's object as the manifest knows it."""
-        name = self.stored.shard_name(shard)
-        expected_bytes, expected_sum = self._sums.sizes[shard], self._sums.crc32c[shard]
-        found = ""
-        for _ in range(_READS):
-            try:
-                content = self._folder.read(name)
-            except FileNotFoundError:
-                found = "it is missing"
-                continue
-            with self._counting:
-                self.bytes_read += len(content)
-                self.shards_read += 1
-            found_sum = int(google_crc32c.value(content))
-            if (len(content), found_sum) == (expected_bytes, expected_sum):
-                return content
-            found = f"it has {len(content):,} bytes with checksum {found_sum:08x}"
-        first = shard * self.stored.shard_rows
-        last = min(first + self.stored.shard_rows, self.stored.num_rows) - 1
-        raise StoreError(
-            f"{self._folder.url}/{name} (rows {first} to {last} of {self.stored.path!r}) is damaged: {found}, in "
-            f"{_READS} reads; its manifest says {expected_bytes:,} bytes with checksum {expected_sum:08x}. "
-            f"`viewpoint inspect {self._folder.url} --verify` lists everything that is damaged."
-        )
-
-    def _decode(self, content: bytes, rows: Int64[np.ndarray, " r"], name: str) -> Shaped[np.ndarray, "r ..."]:
-        """Rows by their place in the shard. Only chunks that hold one of them are decoded."""
-        stored = self.stored
-        dtype = np.dtype(stored.stored_dtype).newbyteorder("<")
+    def read(self, rows: Int64[np.ndarray, " r"]) -> Shaped[np.ndarray, "r ..."]:
+        """The given rows, ascending, as they lie in the store. StoreError where they cannot be had undamaged."""
+        dtype = np.dtype(self.stored.stored_dtype).newbyteorder("<")
         result = np.empty((len(rows), *self._kept), dtype=dtype)
-        whole_rows = self._kept == stored.stored_row_shape
-        index = self._index(content)
-        chunks, starts = np.unique(rows // stored.chunk_rows, return_index=True)
-        for chunk, (start, end) in zip(chunks, pairwise([*starts, len(rows)]), strict=True):
-            offset, length = (int(number) for number in index[chunk])
-            if offset + length > len(content):  # also how the index marks a chunk that is not there
-                raise StoreError(
-                    f"{self._folder.url}/{name} holds no rows {chunk * stored.chunk_rows} and following, which its "
-                    f"manifest says it does. Ingest the source again into a new store."
-                )
-            # the chunk's own checksum, its last bytes, repeats what the whole object's has shown
-            encoded = memoryview(content)[offset : offset + length - _CHECKSUM_BYTES]
-            if whole_rows and end - start == stored.chunk_rows:
-                self._decode_chunk(encoded, result[start:end])
-                continue
-            decoded = np.empty((stored.chunk_rows, *stored.stored_row_shape), dtype=dtype)
-            self._decode_chunk(encoded, decoded)
-            wanted = rows[start:end] - chunk * stored.chunk_rows
-            result[start:end] = (decoded if whole_rows else decoded[:, : self._kept[0]])[wanted]
+        for start, end in _runs(rows // self.stored.shard_rows):
+            shard = int(rows[start] // self.stored.shard_rows)
+            self._read_shard(shard, rows[start:end] - shard * self.stored.shard_rows, result[start:end])
         return result
 
-    def _index(self, content: bytes) -> np.ndarray:
-        num_chunks = self.stored.shard_rows // self.stored.chunk_rows
-        start = len(content) - _CHECKSUM_BYTES - num_chunks * _INDEX_ENTRY.itemsize
-        return np.frombuffer(content, _INDEX_ENTRY, num_chunks, offset=start)
+    def _read_shard(self, shard: int, rows: Int64[np.ndarray, " r"], result: np.ndarray) -> None:
+        """Rows by their place in one shard. Only chunks that hold one of them are fetched and decoded."""
+        stored, name = self.stored, self.stored.shard_name(shard)
+        try:
+            index = self._index(shard, name)
+            chunk_of_row = rows // stored.chunk_rows
+            wanted = list(_runs(chunk_of_row))
+            chunks = [int(chunk_of_row[start]) for start, _ in wanted]
+            encoded: dict[int, memoryview] = {}
+            for first, last in _stretches(chunks):
+                encoded |= self._chunks(shard, name, index, first, last)
+        except FetchFailed as error:
+            first = shard * stored.shard_rows
+            last = min(first + stored.shard_rows, stored.num_rows) - 1
+            raise StoreError(
+                f"{self._url}/{name} (rows {first} to {last} of {stored.path!r}) cannot be read: {error}. `viewpoint "
+                f"inspect {self._url} --verify` lists everything that is damaged."
+            ) from error
+        whole_rows = self._kept == stored.stored_row_shape
+        for chunk, (start, end) in zip(chunks, wanted, strict=True):
+            if whole_rows and end - start == stored.chunk_rows:
+                self._decode(encoded[chunk], result[start:end])
+                continue
+            decoded = np.empty((stored.chunk_rows, *stored.stored_row_shape), dtype=result.dtype)
+            self._decode(encoded[chunk], decoded)
+            places = rows[start:end] - chunk * stored.chunk_rows
+            result[start:end] = (decoded if whole_rows else decoded[:, : self._kept[0]])[places]
 
-    def _decode_chunk(self, encoded: memoryview, target: np.ndarray) -> None:
+    def _index(self, shard: int, name: str) -> np.ndarray:
+        """Where each chunk of a shard lies."""
+        found = self._indices.get(shard)
+        if found is None:
+            size = self._sums.sizes[shard]
+            num_chunks = self.stored.shard_rows // self.stored.chunk_rows
+            start = size - _CHECKSUM_BYTES - num_chunks * _INDEX_ENTRY.itemsize
+            found = self._fetcher.fetch(name, start, size, _checksum_problem)
+            self._indices.put(shard, found)
+        return np.frombuffer(found, _INDEX_ENTRY, len(found) // _INDEX_ENTRY.itemsize)
+
+    def _chunks(self, shard: int, name: str, index: np.ndarray, first: int, last: int) -> dict[int, memoryview]:
+        """Neighbouring chunks as they are encoded, each checked."""
+        key = (shard, first, last)
+        content = self._small_chunks.get(key)
+        offsets, lengths = index["offset"][first : last + 1], index["length"][first : last + 1]
+        ends = offsets + lengths
+        if (ends[-1:] > self._sums.sizes[shard]).any() or (offsets[1:] != ends[:-1]).any():
+            raise FetchFailed(f"its index has no chunks {first} to {last} in their places, which its manifest promises")
+        start = int(offsets[0])
+        bounds = [(int(offset) - start, int(end) - start) for offset, end in zip(offsets, ends, strict=True)]
+        if content is None:
+
+            def problem(found: memoryview) -> str | None:
+                return next(filter(None, (_checksum_problem(found[begin:end]) for begin, end in bounds)), None)
+
+            content = self._fetcher.fetch(name, start, int(ends[-1]), problem)
+            if len(content) <= _SMALL_CHUNK_BYTES:
+                self._small_chunks.put(key, content)
+        return {
+            chunk: content[begin : end - _CHECKSUM_BYTES]
+            for chunk, (begin, end) in zip(range(first, last + 1), bounds, strict=True)
+        }
+
+    def _decode(self, encoded: memoryview, target: np.ndarray) -> None:
         if self.stored.field.codec == "none":
             target[...] = np.frombuffer(encoded, target.dtype).reshape(target.shape)
         else:
             _DECOMPRESS[self.stored.field.codec](encoded, target)
+
+
+class _Kept:
+    """Contents by key, within a bound; what was used longest ago goes first. Threads share it."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._num_bytes = 0
+        self._contents: OrderedDict[object, memoryview] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: object) -> memoryview | None:
+        """What was put, if it is still there."""
+        with self._lock:
+            found = self._contents.get(key)
+            if found is not None:
+                self._contents.move_to_end(key)
+            return found
+
+    def put(self, key: object, content: memoryview) -> None:
+        """Keeps it for now."""
+        with self._lock:
+            if key in self._contents:
+                return
+            self._contents[key] = content
+            self._num_bytes += len(content)
+            while self._num_bytes > self._limit_bytes:
+                _, dropped = self._contents.popitem(last=False)
+                self._num_bytes -= len(dropped)
+
+
+def _checksum_problem(content: memoryview) -> str | None:
+    """What is wrong with bytes that end in their own crc32c."""
+    expected = int.from_bytes(content[-_CHECKSUM_BYTES:], "little")
+    found = int(google_crc32c.value(bytes(content[:-_CHECKSUM_BYTES])))
+    return None if found == expected else f"its bytes have checksum {found:08x} and say {expected:08x}"
+
+
+def _runs(values: Int64[np.ndarray, " r"]) -> list[tuple[int, int]]:
+    """Start and end of each run of equal values."""
+    bounds = [0, *(np.flatnonzero(np.diff(values)) + 1), len(values)]
+    return [(int(start), int(end)) for start, end in pairwise(bounds) if end > start]
+
+
+def _stretches(numbers: list[int]) -> list[tuple[int, int]]:
+    """First and last of each stretch of neighbours."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and found[-1][1] == number - 1:
+            found[-1] = found[-1][0], number
+        else:
+            found.append((number, number))
+    return found

@@ -1,21 +1,22 @@
 """Sample ids to reads to batches. Its whole state is one integer: how many samples were seen.
 
-Order positions [k*G, (k+1)*G) of an epoch are global batch k, for any world. What an epoch has left after its last
-whole batch is dropped, other samples each time. Of batch k, rank r takes [k*G + (j*world + r)*m, +m) in micro-step j:
-the ranks' micro-batches of one micro-step are neighbours.
+Global batch k of an epoch holds the samples that `order.py` puts there, for any world: rank r of w takes the r-th w-th
+of it, and cuts that into micro-batches. Every place in a batch belongs to a lane of the order, so a rank reads only the
+lanes of its share, and all ranks together read each sample about once an epoch.
 
-Threads read whole shards, since random single rows over a network reach a hundredth of its rate. The shards of the
-window that the order is in stay in memory, decoded; those of the next are fetched meanwhile, as far as the bound on
-memory allows. One more thread, a few batches ahead of the consumer, gathers rows into tensors.
+What is read, held and dropped as one is a unit: some dozens of neighbouring samples, in all the fields that the batch
+asks for. Random single rows over a network reach a hundredth of its rate, whole shards would be mostly other ranks'. A
+plan of the coming micro-batches says which units are needed next; threads fetch and decode them as far ahead as the
+bound on memory allows, and one more thread gathers rows into tensors, a few batches ahead of the consumer.
 """
 
-import itertools
 import time
-from collections import OrderedDict, deque
-from collections.abc import Collection, Iterator
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from types import TracebackType
 from typing import Final, Generic, NamedTuple, Self, TypeVar
 
@@ -26,29 +27,35 @@ from pydantic import BaseModel, PositiveFloat, PositiveInt
 
 from datastore.batch import Batch
 from datastore.errors import AskedWrongly, StoreError
+from datastore.fetch import Fetcher
 from datastore.layout import CorpusFacts, Store, open_store
-from datastore.order import Order, sample_seeds, say_worlds
+from datastore.order import Lanes, Order, Remainder, sample_seeds, say_worlds
 from datastore.schema import FIELDS
 from datastore.shards import ShardReader
 
-_READER_THREADS: Final = 8  # also how many encoded shards are in memory at once, beside the decoded ones
-_PLANNED_POSITIONS: Final = 4096  # looked up in the order at a time: numpy's cost of a call is then 1/4096 a sample
+_READER_THREADS: Final = 8  # they wait for bytes, and decode them
+_PLANNED_PLACES: Final = 4096  # looked up in the order at a time: numpy's cost of a call is then 1/4096 a sample
 _GIB: Final = 2**30
 
 BatchT = TypeVar("BatchT", bound=Batch)
 
 
 class StreamConfig(BaseModel, extra="forbid", frozen=True):
-    """Which samples a run reads, and how far ahead."""
+    """Which samples a run reads, in what mixture, and how far ahead."""
 
     store_url: str | None = None  # `--data` fills it in
     split: str = "train"
+    classes: tuple[str, ...] | None = None  # only shapes of these; None: all, unlabelled ones too
+    every: PositiveInt = 1  # only each so-manyth of the shapes above
     num_points: PositiveInt | None = None  # of a shape, the first so many: they are in farthest-point order. None: all
-    # Samples are shuffled over so many shards at a time. More mix better and take more memory: four of 64 shards keep
-    # 0.8 of the distance between neighbours that a full permutation has, sixteen 0.97.
-    window_shards: PositiveInt = 4
+    # A batch takes its samples from so many places of the corpus at a time. More mix better and let more processes share
+    # the reading; each holds a window of its own in memory.
+    lanes: PositiveInt = 16
+    window_units: PositiveInt = 1  # units that a lane shuffles over
+    unit_samples: PositiveInt = 64  # neighbouring samples that are read as one
+    remainder: Remainder = "drop"  # what an epoch has left after its last whole batch, or "pad"
     prefetch_batches: PositiveInt = 4  # micro-batches ready ahead of the consumer
-    memory_gib: PositiveFloat = 4.0  # decoded shards that a process holds at most
+    memory_gib: PositiveFloat = 4.0  # decoded units that a process holds at most
 
 
 def open_stream(
@@ -62,8 +69,12 @@ def open_stream(
     world_size: int,
     seed: int,
     start: int = 0,
+    pin_memory: bool = False,
 ) -> "Stream[BatchT]":
-    """This rank's batches from sample `start` on. What can be asked wrongly is found here, not at the first batch."""
+    """This rank's batches from sample `start` on. What can be asked wrongly is found here, not at the first batch.
+
+    `pin_memory`: batches lie where a GPU fetches them from while it computes.
+    """
     if config.store_url is None:
         raise AskedWrongly("No store to read from: name one with `--data URL`, or as data.store_url in the recipe.")
     if not 0 <= rank < world_size:
@@ -71,23 +82,18 @@ def open_stream(
     shares = _Shares(global_batch, micro_batch, rank, world_size)
     shares.check(start)
     store = open_store(config.store_url)
-    readers = _readers(store, config, batch_type, teacher)
-    rows = store.rows(config.split)
-    if not len(rows):
-        raise StoreError(
-            f"{store.url} has no complete shape in split {config.split!r}. Choose another with data.split "
-            f"({', '.join(store.splits)}), or let `viewpoint ingest` finish."
-        )
+    rows = _chosen_rows(store, config)
     if global_batch > len(rows):
         raise AskedWrongly(
-            f"A global batch of {global_batch} is more than the {len(rows)} shapes in split {config.split!r} of "
+            f"A global batch of {global_batch} is more than the {len(rows)} shapes in {_say_choice(config)} of "
             f"{store.url}. Lower global_batch."
         )
-    # the smallest shards set the window: whoever reads images holds few of them, and points lie beside
-    shard_rows = min((reader.stored.shard_rows for reader in readers.values()), default=store.attributes.block_rows)
-    samples = _Samples(rows, readers, Order(len(rows), shard_rows, config.window_shards, seed))
-    _check_memory(samples, config)
-    return Stream(store, config, batch_type, samples, shares, seed, start)
+    order = Order(len(rows), config.unit_samples, config.window_units, seed)
+    lanes = Lanes(len(rows), global_batch, config.lanes, config.remainder)
+    fetcher = Fetcher(store.folder)
+    samples = _Samples(rows, _readers(store, fetcher, config, batch_type, teacher), order)
+    _check_memory(samples, shares, lanes, config)
+    return Stream(store, fetcher, config, batch_type, samples, shares, lanes, seed, start, pin_memory)
 
 
 class Stream(Generic[BatchT]):
@@ -96,27 +102,33 @@ class Stream(Generic[BatchT]):
     def __init__(
         self,
         store: Store,
+        fetcher: Fetcher,
         config: StreamConfig,
         batch_type: type[BatchT],
         samples: "_Samples",
         shares: "_Shares",
+        lanes: Lanes,
         seed: int,
         start: int,
+        pin_memory: bool,
     ) -> None:
         self.store = store
         self.num_samples = len(samples.rows)
-        self.steps_per_epoch = self.num_samples // shares.global_batch
+        self.steps_per_epoch = lanes.num_batches
         self.samples_seen = start
         self.data_wait_seconds = 0.0
+        self._fetcher = fetcher
         self._batch_type = batch_type
         self._samples = samples
         self._shares = shares
         self._seed = seed
+        self._pin_memory = pin_memory
         self._prefetch_batches = config.prefetch_batches
-        last_position = self.steps_per_epoch * shares.global_batch - 1
-        self._shards = _ShardMemory(samples, int(config.memory_gib * _GIB), last_position)
-        self._plans = _plans(samples.order, shares, first_step=start // shares.global_batch)
-        # one thread, so that batches are finished in order and `_shards` and `_plans` have one user
+        plans = _plans(samples.order, lanes, shares, first_step=start // shares.global_batch)
+        self._units = _UnitMemory(
+            samples, int(config.memory_gib * _GIB), plans, _plans_of_a_window(samples.order, shares, lanes)
+        )
+        # one thread, so that batches are finished in order and `_units` has one user
         self._assembler = ThreadPoolExecutor(1, thread_name_prefix="stream-batches")
         self._ahead: deque[Future[BatchT]] = deque()
         self._closed = False
@@ -129,12 +141,12 @@ class Stream(Generic[BatchT]):
     @property
     def bytes_read(self) -> int:
         """Bytes that came from the store so far."""
-        return sum(reader.bytes_read for reader in self._samples.readers.values())
+        return self._fetcher.bytes_fetched
 
     @property
-    def shards_read(self) -> int:
-        """Shard objects that came from the store so far."""
-        return sum(reader.shards_read for reader in self._samples.readers.values())
+    def units_read(self) -> int:
+        """Units that were read so far; as many as the corpus has, after an epoch of one process with memory enough."""
+        return self._units.units_read
 
     @property
     def batches_ready(self) -> int:
@@ -143,8 +155,8 @@ class Stream(Generic[BatchT]):
 
     @property
     def resident_bytes(self) -> int:
-        """Memory that decoded shards take now; those that are on their way count."""
-        return self._shards.resident_bytes
+        """Memory that decoded units take now; those that are on their way count."""
+        return self._units.resident_bytes
 
     def steps(self, count: int) -> Iterator[list[BatchT]]:
         """This rank's micro-batches of each of the next `count` optimizer steps."""
@@ -154,11 +166,12 @@ class Stream(Generic[BatchT]):
             yield step
 
     def close(self) -> None:
-        """Ends the threads and frees the memory; reads under way are waited for."""
+        """Ends the threads and frees the memory; what is under way is given up."""
         self._closed = True
-        self._shards.cancel()
+        self._fetcher.close()
+        self._units.cancel()
         self._assembler.shutdown(wait=True, cancel_futures=True)
-        self._shards.close()
+        self._units.close()
         self._ahead.clear()
 
     def __enter__(self) -> Self:
@@ -185,21 +198,24 @@ class Stream(Generic[BatchT]):
 
     def _assemble(self) -> BatchT:
         """The next micro-batch."""
-        plan = next(self._plans)
-        readers = self._samples.readers
-        gathered = {
-            name: np.empty((len(plan.samples), *reader.row_shape), dtype=reader.stored.stored_dtype)
-            for name, reader in readers.items()
-        }
-        # window after window, so that a batch that lies across two does not need both in memory
-        for start, end in _runs(plan.windows):
-            self._shards.enter(plan.epoch, int(plan.windows[start]))
-            for name in readers:
-                self._shards.gather(name, plan.samples[start:end], gathered[name][start:end])
+        plan = self._units.enter_next_plan()
+        fields = {name: self._gather(name, plan.samples) for name in self._samples.readers}
         ids = self._samples.rows[plan.samples]
-        fields = {name: torch.from_numpy(reader.stored.decode(gathered[name])) for name, reader in readers.items()}
         seeds = sample_seeds(self._seed, plan.epoch, ids)
         return self._batch_type(ids=torch.from_numpy(ids), seeds=torch.from_numpy(seeds), **fields)
+
+    def _gather(self, name: str, samples: Int64[np.ndarray, " m"]) -> torch.Tensor:
+        """One field of a micro-batch."""
+        stored = self._samples.readers[name].stored
+        shape = (len(samples), *self._samples.readers[name].row_shape)
+        pinned_here = self._pin_memory and not stored.field.bit_packed
+        dtype = torch.from_numpy(np.empty(0, stored.stored_dtype)).dtype
+        gathered = torch.empty(shape, dtype=dtype, pin_memory=pinned_here)
+        self._units.gather(name, samples, gathered.numpy())
+        if not stored.field.bit_packed:
+            return gathered
+        unpacked = torch.from_numpy(stored.decode(gathered.numpy()))
+        return unpacked.pin_memory() if self._pin_memory else unpacked
 
 
 @dataclass(frozen=True)
@@ -234,12 +250,11 @@ class _Shares:
                 f"started with another global_batch. Go on with that one, or start a new run."
             )
 
-    def positions(self, batches: Int64[np.ndarray, " s"]) -> Int64[np.ndarray, "s a m"]:
-        """Order positions of this rank's micro-batches, by the numbers of global batches in their epoch."""
-        micro_batches = np.arange(self.accumulation, dtype=np.int64) * self.world_size + self.rank
-        offsets = micro_batches[:, None] * self.micro_batch + np.arange(self.micro_batch, dtype=np.int64)
-        positions: Int64[np.ndarray, "s a m"] = batches[:, None, None] * self.global_batch + offsets
-        return positions
+    @property
+    def offsets(self) -> Int64[np.ndarray, "a m"]:
+        """This rank's places in a global batch, by micro-batch: neighbours, so that they lie in few lanes."""
+        mine = self.accumulation * self.micro_batch
+        return (self.rank * mine + np.arange(mine, dtype=np.int64)).reshape(self.accumulation, self.micro_batch)
 
 
 class _Plan(NamedTuple):
@@ -247,127 +262,120 @@ class _Plan(NamedTuple):
 
     epoch: int
     samples: Int64[np.ndarray, " m"]
-    windows: Int64[np.ndarray, " m"]  # of the epoch's order, in which the samples lie; ascending
+    windows: tuple[int, ...]  # of the epoch's order, in which the samples lie
 
 
-def _plans(order: Order, shares: _Shares, first_step: int) -> Iterator[_Plan]:
+def _plans(order: Order, lanes: Lanes, shares: _Shares, first_step: int) -> Iterator[_Plan]:
     """This rank's micro-batches from an optimizer step on, without end."""
-    steps_per_epoch = order.num_samples // shares.global_batch
-    steps_at_once = max(1, _PLANNED_POSITIONS // (shares.micro_batch * shares.accumulation))
+    offsets = shares.offsets
+    steps_at_once = max(1, _PLANNED_PLACES // offsets.size)
     step = first_step
     while True:
-        epoch, batch = divmod(step, steps_per_epoch)
-        end = min(batch + steps_at_once, steps_per_epoch)
-        positions = shares.positions(np.arange(batch, end, dtype=np.int64)).reshape(-1, shares.micro_batch)
+        epoch, batch = divmod(step, lanes.num_batches)
+        end = min(batch + steps_at_once, lanes.num_batches)
+        batches = np.arange(batch, end, dtype=np.int64)[:, None, None]
+        positions = lanes.positions(batches, offsets).reshape(-1, shares.micro_batch)
         samples, windows = order.samples(epoch, positions), order.windows(epoch, positions)
-        yield from (_Plan(epoch, *micro_batch) for micro_batch in zip(samples, windows, strict=True))
+        for ours, theirs in zip(samples, windows, strict=True):
+            yield _Plan(epoch, ours, tuple(int(window) for window in np.unique(theirs)))
         step += end - batch
 
 
-def _runs(values: Int64[np.ndarray, " m"]) -> Iterator[tuple[int, int]]:
-    """Start and end of each run of equal values."""
-    bounds = [0, *(np.flatnonzero(np.diff(values)) + 1), len(values)]
-    return itertools.pairwise(int(bound) for bound in bounds)
-
-
-class _Piece(NamedTuple):
-    """What is read, held and dropped as one: the samples of a split that lie in one shard of one field."""
-
-    field: str
-    shard: int
+def _plans_of_a_window(order: Order, shares: _Shares, lanes: Lanes) -> int:
+    """How many micro-batches of this rank it takes until a lane has used up a window."""
+    samples_of_a_lane = max(1, lanes.global_batch // lanes.num_lanes)
+    batches = -(-order.largest_window * order.unit_samples // samples_of_a_lane)
+    return min(batches, lanes.num_batches) * shares.accumulation
 
 
 class _Samples:
-    """Samples of a split: number i of the order is row `rows[i]` of the store."""
+    """Samples that a run reads: number i of the order is row `rows[i]` of the store."""
 
     def __init__(self, rows: Int64[np.ndarray, " s"], readers: dict[str, ShardReader], order: Order) -> None:
         self.rows, self.readers, self.order = rows, readers, order
+        self._units_of_window = lru_cache(maxsize=4096)(self._window_units)  # asked for with every micro-batch
 
-    def span(self, piece: _Piece) -> tuple[int, int]:
-        """First sample of a piece, and the one after its last: rows ascend, so a shard's samples are neighbours."""
-        shard_rows = self.readers[piece.field].stored.shard_rows
-        first, end = np.searchsorted(self.rows, [piece.shard * shard_rows, (piece.shard + 1) * shard_rows])
-        return int(first), int(end)
+    def span(self, unit: int) -> tuple[int, int]:
+        """First sample of a unit, and the one after its last."""
+        first = unit * self.order.unit_samples
+        return first, min(first + self.order.unit_samples, len(self.rows))
 
-    def num_bytes(self, piece: _Piece) -> int:
-        """Memory that a decoded piece takes."""
-        first, end = self.span(piece)
-        return (end - first) * self.readers[piece.field].row_bytes
+    def num_bytes(self, unit: int) -> int:
+        """Memory that a decoded unit takes."""
+        first, end = self.span(unit)
+        return (end - first) * self.row_bytes
 
-    def read(self, piece: _Piece) -> np.ndarray:
-        """A piece's samples."""
-        first, end = self.span(piece)
-        return self.readers[piece.field].read(piece.shard, self.rows[first:end])
+    @property
+    def row_bytes(self) -> int:
+        """Memory that one sample takes."""
+        return sum(reader.row_bytes for reader in self.readers.values())
 
-    def window(self, epoch: int, window: int) -> list[_Piece]:
-        """Pieces that hold a window's samples."""
-        pieces: dict[_Piece, None] = {}  # a set that keeps its order, so that the fields of a shard come together
-        for shard in self.order.window_shards(epoch, window):
-            rows = self.rows[shard * self.order.shard_rows : (shard + 1) * self.order.shard_rows]
-            for name, reader in self.readers.items():
-                pieces.update(
-                    (_Piece(name, int(stored)), None) for stored in np.unique(rows // reader.stored.shard_rows)
-                )
-        return list(pieces)
+    def read(self, field: str, unit: int) -> np.ndarray:
+        """One field of a unit."""
+        first, end = self.span(unit)
+        return self.readers[field].read(self.rows[first:end])
 
-    def largest_window_bytes(self) -> int:
-        """Memory that a window can take at most, whichever shards the order puts together."""
-        starts = np.arange(self.order.num_shards, dtype=np.int64) * self.order.shard_rows
-        first = self.rows[starts]
-        last = self.rows[np.minimum(starts + self.order.shard_rows, len(self.rows)) - 1]
-        num_bytes = np.zeros(len(starts), dtype=np.int64)
-        for reader in self.readers.values():
-            shard_rows = reader.stored.shard_rows
-            end = np.searchsorted(self.rows, (last // shard_rows + 1) * shard_rows)
-            num_bytes += (end - np.searchsorted(self.rows, first // shard_rows * shard_rows)) * reader.row_bytes
-        return int(np.sort(num_bytes)[-self.order.largest_window :].sum())
+    def units_of(self, epoch: int, windows: Iterable[int]) -> list[int]:
+        """Units that hold the samples of some windows."""
+        return [unit for window in windows for unit in self._units_of_window(epoch, window)]
+
+    def _window_units(self, epoch: int, window: int) -> tuple[int, ...]:
+        return tuple(int(unit) for unit in self.order.window_units(epoch, window))
 
 
 @dataclass(frozen=True)
 class _Held:
-    """A piece in memory, or on its way there."""
+    """A unit in memory, or on its way there."""
 
-    content: Future[np.ndarray]
+    fields: dict[str, Future[np.ndarray]]
     first_sample: int
     num_bytes: int
 
 
-class _ShardMemory:
-    """Decoded pieces within a bound: of the window entered last, then of the one after it, then any used lately."""
+class _UnitMemory:
+    """Decoded units within a bound: those of the micro-batch entered last, then those that coming ones need, in order."""
 
-    def __init__(self, samples: _Samples, limit_bytes: int, last_position: int) -> None:
+    def __init__(self, samples: _Samples, limit_bytes: int, plans: Iterator[_Plan], plans_ahead: int) -> None:
         self.resident_bytes = 0
+        self.units_read = 0
         self._samples = samples
         self._limit_bytes = limit_bytes
-        self._last_position = last_position  # of an epoch, that is not dropped
-        self._held: OrderedDict[_Piece, _Held] = OrderedDict()
-        self._entered: tuple[int, int] | None = None
-        self._pool = ThreadPoolExecutor(_READER_THREADS, thread_name_prefix="stream-shards")
+        self._plans = plans
+        self._plans_ahead = plans_ahead
+        self._coming: deque[_Plan] = deque()
+        self._needed: Counter[int] = Counter()  # units, by how many of the plans from the entered one on need them
+        self._to_load: deque[int] = deque()  # units, in the order in which they are needed
+        self._entered: _Plan | None = None
+        self._held: OrderedDict[int, _Held] = OrderedDict()  # what was used longest ago comes first
+        self._pool = ThreadPoolExecutor(_READER_THREADS, thread_name_prefix="stream-units")
 
-    def enter(self, epoch: int, window: int) -> None:
-        """Starts to load a window's pieces, all of them, and as many of the next window's as there is room for."""
-        if self._entered == (epoch, window):
-            return
-        self._entered = epoch, window
-        needed = self._samples.window(epoch, window)
-        soon = self._samples.window(*self._after(epoch, window))
-        kept = set(needed)
-        for piece in needed:
-            self._make_room(piece, kept)
-            self._load(piece)
-        kept.update(soon)
-        for piece in soon:
-            if not self._make_room(piece, kept):
-                break
-            self._load(piece)
+    def enter_next_plan(self) -> _Plan:
+        """The next micro-batch; its units are on their way, and so are as many of those after it as there is room for."""
+        if self._entered is not None:
+            self._needed.subtract(self._samples.units_of(self._entered.epoch, self._entered.windows))
+            self._needed += Counter()  # drops the zeros
+        while len(self._coming) <= self._plans_ahead:
+            plan = next(self._plans)
+            units = self._samples.units_of(plan.epoch, plan.windows)
+            self._to_load.extend(unit for unit in units if not self._needed[unit])
+            self._needed.update(units)
+            self._coming.append(plan)
+        self._entered = self._coming.popleft()
+        entered = self._samples.units_of(self._entered.epoch, self._entered.windows)
+        for unit in entered:
+            loaded = self._load(unit, must=True, besides=entered)
+            assert loaded, "_check_memory saw to it that the units of one micro-batch fit"
+        while self._to_load and self._load(self._to_load[0], must=False, besides=entered):
+            self._to_load.popleft()
+        return self._entered
 
     def gather(self, field: str, samples: Int64[np.ndarray, " m"], target: np.ndarray) -> None:
-        """Copies samples of the window entered last to `target`; waits for those that are on their way."""
-        shards = self._samples.rows[samples] // self._samples.readers[field].stored.shard_rows
-        for shard in np.unique(shards):
-            held = self._held[_Piece(field, int(shard))]
-            here = np.flatnonzero(shards == shard)
-            target[here] = held.content.result()[samples[here] - held.first_sample]
+        """Copies samples of the micro-batch entered last to `target`; waits for those that are on their way."""
+        units = samples // self._samples.order.unit_samples
+        for unit in np.unique(units):
+            held = self._held[int(unit)]
+            here = np.flatnonzero(units == unit)
+            target[here] = held.fields[field].result()[samples[here] - held.first_sample]
 
     def cancel(self) -> None:
         """Gives up reads that have not begun; whoever waits for one gets a CancelledError."""
@@ -379,36 +387,67 @@ class _ShardMemory:
         self._held.clear()
         self.resident_bytes = 0
 
-    def _after(self, epoch: int, window: int) -> tuple[int, int]:
-        if self._samples.order.window_start(epoch, window + 1) > self._last_position:
-            return epoch + 1, 0
-        return epoch, window + 1
-
-    def _load(self, piece: _Piece) -> None:
-        if piece in self._held:
-            self._held.move_to_end(piece)
-            return
-        num_bytes = self._samples.num_bytes(piece)
-        content = self._pool.submit(self._samples.read, piece)
-        self._held[piece] = _Held(content, self._samples.span(piece)[0], num_bytes)
+    def _load(self, unit: int, *, must: bool, besides: list[int]) -> bool:
+        """Sees to it that a unit is in memory or on its way; whether there was room."""
+        if unit in self._held:
+            self._held.move_to_end(unit)
+            return True
+        num_bytes = self._samples.num_bytes(unit)
+        if not self._make_room(num_bytes, besides if must else None):
+            return False
+        fields = {name: self._pool.submit(self._samples.read, name, unit) for name in self._samples.readers}
+        self._held[unit] = _Held(fields, self._samples.span(unit)[0], num_bytes)
         self.resident_bytes += num_bytes
-
-    def _make_room(self, piece: _Piece, kept: Collection[_Piece]) -> bool:
-        """Drops what was used longest ago until one more piece fits; whether it does."""
-        room_bytes = 0 if piece in self._held else self._samples.num_bytes(piece)
-        droppable = (held for held in list(self._held) if held not in kept)
-        while self.resident_bytes + room_bytes > self._limit_bytes:
-            oldest = next(droppable, None)
-            if oldest is None:
-                return False
-            dropped = self._held.pop(oldest)
-            dropped.content.cancel()
-            self.resident_bytes -= dropped.num_bytes
+        self.units_read += 1
         return True
+
+    def _make_room(self, num_bytes: int, besides: list[int] | None) -> bool:
+        """Drops what no plan needs, longest unused first; given `besides`, then also anything else that was loaded last."""
+        if self.resident_bytes + num_bytes <= self._limit_bytes:
+            return True
+        droppable = [unit for unit in self._held if not self._needed[unit]]
+        if besides is not None:
+            early = [unit for unit in reversed(self._held) if self._needed[unit] and unit not in besides]
+            self._to_load.extendleft(unit for unit in early if unit not in self._to_load)
+            droppable += early
+        for unit in droppable:
+            if self.resident_bytes + num_bytes <= self._limit_bytes:
+                break
+            dropped = self._held.pop(unit)
+            for content in dropped.fields.values():
+                content.cancel()
+            self.resident_bytes -= dropped.num_bytes
+        return self.resident_bytes + num_bytes <= self._limit_bytes
+
+
+def _chosen_rows(store: Store, config: StreamConfig) -> Int64[np.ndarray, " s"]:
+    """The rows that a run reads, ascending."""
+    rows = store.rows(config.split)
+    if config.classes is not None:
+        if unknown := sorted(set(config.classes) - set(store.class_names)):
+            raise AskedWrongly(
+                f"{store.url} has no class {', '.join(unknown)} (data.classes). It has {', '.join(store.class_names)}."
+            )
+        labels = [store.class_names.index(name) for name in config.classes]
+        rows = rows[np.isin(store.read("label", rows), labels)]
+    rows = rows[:: config.every]
+    if not len(rows):
+        raise StoreError(
+            f"{store.url} has no complete shape in {_say_choice(config)}. Choose another with data.split "
+            f"({', '.join(store.splits)}), or let `viewpoint ingest` finish."
+        )
+    return rows
+
+
+def _say_choice(config: StreamConfig) -> str:
+    """Which shapes are read, for people."""
+    classes = "" if config.classes is None else f", classes {', '.join(config.classes)}"
+    every = "" if config.every == 1 else f", every {config.every}th"
+    return f"split {config.split!r}{classes}{every}"
 
 
 def _readers(
-    store: Store, config: StreamConfig, batch_type: type[Batch], teacher: str | None
+    store: Store, fetcher: Fetcher, config: StreamConfig, batch_type: type[Batch], teacher: str | None
 ) -> dict[str, ShardReader]:
     """A reader for every field of the batch."""
     points_stored = store.attributes.points_per_shape
@@ -427,16 +466,19 @@ def _readers(
         stored = store.field(path)
         if stored.field.dtype == "string":
             raise ValueError(f"{batch_type.__name__} reads {name!r}, which is text: no tensor holds it")
-        readers[name] = ShardReader(store, stored, config.num_points)
+        readers[name] = ShardReader(store, stored, fetcher, config.num_points)
     return readers
 
 
-def _check_memory(samples: _Samples, config: StreamConfig) -> None:
-    """Refuses a window that does not fit: it would be read again and again, a thousand times slower."""
-    needed_gib = samples.largest_window_bytes() / _GIB
+def _check_memory(samples: _Samples, shares: _Shares, lanes: Lanes, config: StreamConfig) -> None:
+    """Refuses windows that do not fit: their units would be read again and again."""
+    num_lanes = len(np.unique(lanes.lane_of(shares.offsets)))
+    # a micro-batch may cross from one window to the next in every lane
+    num_units = min(2 * num_lanes * samples.order.largest_window, samples.order.num_units)
+    needed_gib = num_units * config.unit_samples * samples.row_bytes / _GIB
     if needed_gib > config.memory_gib:
         raise AskedWrongly(
-            f"A window of {samples.order.largest_window} shards of {samples.order.shard_rows} samples takes up to "
-            f"{needed_gib:.3g} GiB of memory ({', '.join(samples.readers)}), and data.memory_gib allows "
-            f"{config.memory_gib:g}. Raise data.memory_gib, or lower data.window_shards or data.num_points."
+            f"{num_lanes} lanes with windows of {samples.order.largest_window} units of {config.unit_samples} samples "
+            f"take up to {needed_gib:.3g} GiB of memory ({', '.join(samples.readers)}), and data.memory_gib allows "
+            f"{config.memory_gib:g}. Raise data.memory_gib, or lower data.lanes, data.window_units or data.num_points."
         )

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datastore.errors import AskedWrongly
-from datastore.order import Order, allowed_worlds, choose_micro_batch, keyed_hash, permute, sample_seeds
+from datastore.order import Lanes, Order, allowed_worlds, choose_micro_batch, keyed_hash, permute, sample_seeds
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
 
@@ -32,7 +32,7 @@ def test_a_permutation_sends_every_index_to_a_place_of_its_own_and_back(size: in
 
 
 @pytest.mark.parametrize("size", [3, 4, 5])
-def test_every_order_of_a_few_shards_is_as_likely_as_any_other(size: int) -> None:
+def test_every_order_of_a_few_units_is_as_likely_as_any_other(size: int) -> None:
     num_keys = 12_000
     keys = np.repeat(keyed_hash(7, np.arange(num_keys)), size)
     placed = permute(np.tile(np.arange(size), num_keys), size, keys).reshape(num_keys, size)
@@ -44,7 +44,7 @@ def test_every_order_of_a_few_shards_is_as_likely_as_any_other(size: int) -> Non
 
 @given(orders, st.integers(0, 1000))
 @unhurried
-def test_an_epoch_visits_every_sample_once_with_any_ragged_last_shard(order: Order, epoch: int) -> None:
+def test_an_epoch_visits_every_sample_once_with_any_ragged_last_unit(order: Order, epoch: int) -> None:
     assert np.array_equal(np.sort(epoch_of(order, epoch)), np.arange(order.num_samples))
 
 
@@ -57,28 +57,63 @@ def test_one_position_alone_gives_what_the_whole_epoch_gives(order: Order, epoch
 
 @given(small_orders, st.integers(0, 1000))
 @unhurried
-def test_a_window_is_all_rows_of_a_few_whole_shards(order: Order, epoch: int) -> None:
-    shards_of_samples = epoch_of(order, epoch) // order.shard_rows
+def test_a_window_is_all_rows_of_a_few_whole_units(order: Order, epoch: int) -> None:
+    units_of_samples = epoch_of(order, epoch) // order.unit_samples
     seen: list[int] = []
     for window in range(order.num_windows):
         start, end = order.window_start(epoch, window), order.window_start(epoch, window + 1)
-        shards = order.window_shards(epoch, window)
-        assert set(shards_of_samples[start:end]) == set(shards.tolist())
+        units = order.window_units(epoch, window)
+        assert set(units_of_samples[start:end]) == set(units.tolist())
         assert set(order.windows(epoch, np.arange(start, end))) == {window}
-        seen += shards.tolist()
+        seen += units.tolist()
     assert order.window_start(epoch, order.num_windows) == order.num_samples
-    assert sorted(seen) == list(range(order.num_shards))
+    assert sorted(seen) == list(range(order.num_units))
 
 
 @given(st.integers(1, 150), st.integers(1, 40), st.integers(1, 9))
 @unhurried
-def test_windows_hold_nearly_the_same_number_of_shards_and_never_more_than_asked(
-    num_samples: int, shard_rows: int, window_shards: int
+def test_windows_hold_nearly_the_same_number_of_units_and_never_more_than_asked(
+    num_samples: int, unit_samples: int, window_units: int
 ) -> None:
-    order = Order(num_samples, shard_rows, window_shards, seed=0)
-    counts = [len(order.window_shards(0, window)) for window in range(order.num_windows)]
-    assert max(counts) == order.largest_window <= window_shards
+    order = Order(num_samples, unit_samples, window_units, seed=0)
+    counts = [len(order.window_units(0, window)) for window in range(order.num_windows)]
+    assert max(counts) == order.largest_window <= window_units
     assert max(counts) - min(counts) <= 1
+
+
+lanes_of_some_epoch = st.tuples(sizes, st.integers(1, 64), st.integers(1, 64)).map(
+    lambda drawn: (max(drawn[0], drawn[1]), drawn[1], drawn[2])
+)
+
+
+@given(lanes_of_some_epoch)
+@unhurried
+def test_global_batches_take_every_position_once_but_for_what_is_left(drawn: tuple[int, int, int]) -> None:
+    num_samples, global_batch, num_lanes = drawn
+    offsets = np.arange(global_batch)
+    whole = Lanes(num_samples, global_batch, num_lanes)
+    taken = whole.positions(np.arange(whole.num_batches)[:, None], offsets)
+    assert np.array_equal(np.sort(taken, axis=None), np.arange(num_samples // global_batch * global_batch))
+    padded = Lanes(num_samples, global_batch, num_lanes, "pad")
+    taken = padded.positions(np.arange(padded.num_batches)[:, None], offsets)
+    found, times = np.unique(taken, return_counts=True)
+    assert np.array_equal(found, np.arange(num_samples))
+    assert times.max() <= 2
+    assert (times == 2).sum() == -num_samples % global_batch
+
+
+@given(lanes_of_some_epoch)
+@unhurried
+def test_each_lane_gives_its_share_of_every_batch_from_a_stretch_of_its_own(drawn: tuple[int, int, int]) -> None:
+    lanes = Lanes(*drawn)
+    offsets = np.arange(lanes.global_batch)
+    positions = lanes.positions(np.arange(lanes.num_batches)[:, None], offsets)
+    lane = lanes.lane_of(offsets)
+    assert set(lane.tolist()) == set(range(lanes.num_lanes))
+    assert np.ptp(np.bincount(lane)) <= 1
+    for number in range(lanes.num_lanes):
+        stretch = positions[:, lane == number].ravel()
+        assert np.array_equal(stretch, np.arange(stretch[0], stretch[0] + len(stretch)))
 
 
 def test_epochs_and_seeds_each_have_an_order_of_their_own() -> None:
@@ -114,13 +149,13 @@ def test_ten_thousand_million_samples_cost_what_ten_thousand_cost() -> None:
 @given(st.integers(1, 2**45), st.integers(1, 5000), st.integers(1, 64), st.data())
 @settings(max_examples=50, deadline=None)
 def test_positions_of_a_vast_corpus_stay_inside_their_window(
-    num_samples: int, shard_rows: int, window_shards: int, data: st.DataObject
+    num_samples: int, unit_samples: int, window_units: int, data: st.DataObject
 ) -> None:
-    order = Order(num_samples, shard_rows, window_shards, seed=1)
+    order = Order(num_samples, unit_samples, window_units, seed=1)
     position = data.draw(st.integers(0, num_samples - 1))
     sample, window = order.sample(2, position), int(order.windows(2, np.array([position]))[0])
     assert 0 <= sample < num_samples
-    assert sample // shard_rows in order.window_shards(2, window)
+    assert sample // unit_samples in order.window_units(2, window)
     assert order.window_start(2, window) <= position < order.window_start(2, window + 1)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from datastore.batch import Batch
 from datastore.errors import AskedWrongly, MissingField, StoreError
+from datastore.fetch import Fetcher
 from datastore.layout import create_teacher, open_store
 from datastore.order import sample_seeds
 from datastore.shards import ShardReader
@@ -72,7 +73,9 @@ def add_teacher(url: str, weights_hash: str = "feedc0de0001") -> None:
 
 
 def stream_of(url: str | None, batch_type: type[Batch] = LabelBatch, **changes: Any) -> Stream[Any]:
-    settings = {name: changes.pop(name) for name in set(changes) & set(StreamConfig.model_fields)}
+    # units as small as the store's blocks, and fewer lanes than a batch has places
+    settings = {"unit_samples": 16, "lanes": 5}
+    settings |= {name: changes.pop(name) for name in set(changes) & set(StreamConfig.model_fields)}
     arguments: dict[str, Any] = {
         "teacher": None, "global_batch": GLOBAL_BATCH, "micro_batch": 4, "rank": 0, "world_size": 1, "seed": 0,
     }  # fmt: skip
@@ -92,8 +95,7 @@ def global_ids(url: str, num_steps: int, world_size: int, micro_batch: int, **ch
         ids_of(url, num_steps, rank=rank, world_size=world_size, micro_batch=micro_batch, **changes)
         for rank in range(world_size)
     ]
-    micro_batches = np.stack([ids.reshape(num_steps, -1, micro_batch) for ids in ranks], axis=2)  # step, j, rank, m
-    return micro_batches.reshape(num_steps, -1)
+    return np.concatenate(ranks, axis=1)  # each rank has its part of every batch
 
 
 @pytest.mark.parametrize(
@@ -121,15 +123,14 @@ def test_an_epoch_delivers_every_sample_once_but_for_the_last_incomplete_batch(u
     assert all((epochs[0] != ids).any() for ids in epochs[1:])
 
 
-@given(st.integers(0, 40), st.sampled_from([1, 2, 3, 4, 6]), st.integers(1, 4))
+@given(st.integers(0, 40), st.sampled_from([1, 2, 3, 4, 6]), st.integers(1, 4), st.integers(1, 30))
 @settings(max_examples=15, deadline=None)
 def test_resuming_at_any_step_with_any_world_goes_on_where_the_run_stopped(
-    url: str, step: int, world_size: int, window_shards: int
+    url: str, step: int, world_size: int, window_units: int, lanes: int
 ) -> None:
-    straight = ids_of(url, step + 3, window_shards=window_shards)
-    resumed = global_ids(
-        url, 3, world_size, 4 if world_size < 4 else 2, start=step * GLOBAL_BATCH, window_shards=window_shards
-    )
+    mixture = {"window_units": window_units, "lanes": lanes}
+    straight = ids_of(url, step + 3, **mixture)
+    resumed = global_ids(url, 3, world_size, 4 if world_size < 4 else 2, start=step * GLOBAL_BATCH, **mixture)
     assert np.array_equal(resumed, straight[step:])
 
 
@@ -184,26 +185,27 @@ def test_the_stream_sees_the_manifest_that_it_opened(tmp_path: Path) -> None:
 # Memory
 
 
-def window_bytes(url: str, window_shards: int) -> int:
-    """What a window can take: its 16 samples a shard lie in two, sometimes three shards of the store."""
+def row_bytes(url: str) -> int:
+    """What a row of a WholeBatch takes in memory."""
     store = open_store(url)
+    fetcher = Fetcher(store.folder)
     paths = [name if name in store.fields else f"{TEACHER}/{name}" for name in WholeBatch.store_fields()]
-    row_bytes = sum(ShardReader(store, store.field(path)).row_bytes for path in paths)
-    return window_shards * 33 * row_bytes
+    return sum(ShardReader(store, store.field(path), fetcher).row_bytes for path in paths)
 
 
-@pytest.mark.parametrize("window_shards", [1, 4])
-def test_decoded_shards_stay_within_the_bound_and_are_read_about_once_an_epoch(url: str, window_shards: int) -> None:
-    limit_bytes = window_bytes(url, window_shards)
-    with stream_of(
-        url, WholeBatch, teacher="teacher", memory_gib=limit_bytes / GIB, window_shards=window_shards
-    ) as stream:
-        highest = 0
+@pytest.mark.parametrize(("lanes", "window_units"), [(1, 1), (1, 4), (3, 1)])
+def test_decoded_units_stay_within_the_bound_and_are_read_about_once_an_epoch(
+    url: str, lanes: int, window_units: int
+) -> None:
+    limit_bytes = 2 * lanes * window_units * 16 * row_bytes(url)
+    settings = {"memory_gib": limit_bytes / GIB, "lanes": lanes, "window_units": window_units}
+    with stream_of(url, WholeBatch, teacher="teacher", **settings) as stream:
+        highest, num_units = 0, -(-stream.num_samples // 16)
         for _ in stream.steps(3 * stream.steps_per_epoch):
             highest = max(highest, stream.resident_bytes)
-        num_shards = 5 * -(-NUM_ROWS // 16)
         assert 0 < highest <= limit_bytes
-        assert stream.shards_read < 2.2 * 3 * num_shards  # a shard of a split lies across two of the order's shards
+        # where a lane ends within a window, the next one begins there much later
+        assert stream.units_read <= 3 * (num_units + lanes * window_units)
         assert stream.bytes_read > 0
     assert stream.resident_bytes == 0
 
@@ -211,7 +213,48 @@ def test_decoded_shards_stay_within_the_bound_and_are_read_about_once_an_epoch(u
 def test_a_corpus_that_fits_into_memory_is_read_once(url: str) -> None:
     with stream_of(url, WholeBatch, teacher="teacher") as stream:
         list(stream.steps(4 * stream.steps_per_epoch))
-        assert stream.shards_read == 5 * -(-NUM_ROWS // 16)
+        assert stream.units_read == -(-stream.num_samples // 16)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_reading(tmp_path: Path, world_size: int) -> None:
+    folder = str(tmp_path / "store")
+    write_small_store(folder, small_attributes(1600, block_rows=64), ["label", "split", "id"])
+    settings = {"lanes": 8, "world_size": world_size, "micro_batch": 3}
+    read = []
+    for rank in range(world_size):
+        with stream_of(folder, rank=rank, **settings) as stream:
+            list(stream.steps(stream.steps_per_epoch))
+            read.append(stream.units_read)
+            num_units = -(-stream.num_samples // 16)
+    # where a lane begins or ends, its neighbour reads too; and each rank has begun with the next epoch
+    assert sum(read) <= num_units + 2 * 8
+    assert max(read) <= num_units / world_size + 8
+
+
+def test_only_some_classes_or_every_so_manyth_shape_can_be_read(url: str) -> None:
+    store = open_store(url)
+    rows = store.rows("train")
+    lamps = rows[store.read("label", rows) == store.class_names.index("lamp")]
+    with stream_of(url, classes=("lamp",), every=2, global_batch=4) as stream:
+        seen = [batch.ids for step in stream.steps(stream.steps_per_epoch) for batch in step]
+    assert len(seen) == len(lamps[::2]) // 4
+    assert set(torch.cat(seen).tolist()) <= set(lamps[::2].tolist())
+    with pytest.raises(AskedWrongly, match=r"no class lump \(data.classes\). It has chair, table, lamp"):
+        stream_of(url, classes=("lump",))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_padded_epoch_ends_with_a_whole_batch_that_repeats_a_few(url: str, world_size: int) -> None:
+    train = open_store(url).rows("train")
+    num_batches = -(-len(train) // GLOBAL_BATCH)
+    assert num_batches * GLOBAL_BATCH > len(train)
+    ids = global_ids(url, 2 * num_batches, world_size, 4, remainder="pad").reshape(2, -1)
+    for epoch in ids:
+        found, times = np.unique(epoch, return_counts=True)
+        assert np.array_equal(found, train)
+        assert times.sum() - len(train) == (times - 1).sum() == num_batches * GLOBAL_BATCH - len(train)
+        assert times.max() == 2
 
 
 def test_the_process_takes_no_more_memory_than_the_bound_and_what_is_on_its_way(tmp_path: Path) -> None:
@@ -225,21 +268,21 @@ def test_the_process_takes_no_more_memory_than_the_bound_and_what_is_on_its_way(
     class PointsBatch(Batch):
         points: Tensor
 
-    with stream_of(folder, PointsBatch, window_shards=2, memory_gib=total_bytes / 4 / GIB) as stream:
+    with stream_of(folder, PointsBatch, lanes=2, unit_samples=32, memory_gib=total_bytes / 4 / GIB) as stream:
         tracemalloc.start()
         for _ in stream.steps(2 * stream.steps_per_epoch):
             pass
         _, peak_bytes = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     batches = 8 * 4 * 512 * 12
-    being_read = 8 * 2 * 64 * 512 * 12  # encoded shards and the rows decoded from them
+    being_read = 8 * 2 * 64 * 512 * 12  # encoded units and the rows decoded from them
     assert peak_bytes < total_bytes / 4 + batches + being_read + 1_000_000
     assert peak_bytes < total_bytes
 
 
-def test_a_window_that_does_not_fit_is_refused_with_what_would(url: str) -> None:
+def test_windows_that_do_not_fit_are_refused_with_what_would(url: str) -> None:
     with pytest.raises(
-        AskedWrongly, match=r"window of 4 shards of 16 samples takes up to .* data.memory_gib allows 1e-05"
+        AskedWrongly, match=r"5 lanes with windows of 1 units of 16 samples take up to .* data.memory_gib allows 1e-05"
     ):
         stream_of(url, memory_gib=1e-5, batch_type=WholeBatch, teacher="teacher")
 
@@ -258,7 +301,7 @@ def damaged_copy(tmp_path: Path, shard: int = 3) -> str:
 def test_a_damaged_shard_stops_the_consumer_with_its_name_and_leaves_no_thread(tmp_path: Path) -> None:
     damaged = damaged_copy(tmp_path)
     stream = stream_of(damaged)
-    with pytest.raises(StoreError, match=r"label/c/3 \(rows 48 to 63 .* is damaged"):
+    with pytest.raises(StoreError, match=r"label/c/3 \(rows 48 to 63 .* cannot be read"):
         list(stream.steps(stream.steps_per_epoch))
     assert stream_threads() == []
     with pytest.raises(ValueError, match="closed"):
@@ -266,14 +309,14 @@ def test_a_damaged_shard_stops_the_consumer_with_its_name_and_leaves_no_thread(t
 
 
 def test_steps_before_a_damaged_shard_are_still_delivered(tmp_path: Path, url: str) -> None:
-    straight = ids_of(url, 2, window_shards=2)
+    straight = ids_of(url, 2, lanes=1)
     untouched = set(range(15)) - set((straight // 16).ravel().tolist())
     damaged = damaged_copy(tmp_path, shard=untouched.pop())
-    with stream_of(damaged, window_shards=2) as stream:
+    with stream_of(damaged, lanes=1) as stream:
         steps = stream.steps(stream.steps_per_epoch)
         for ids in straight:
             assert torch.cat([batch.ids for batch in next(steps)]).tolist() == ids.tolist()
-        with pytest.raises(StoreError, match="is damaged"):
+        with pytest.raises(StoreError, match="cannot be read"):
             list(steps)
 
 
@@ -325,13 +368,13 @@ def test_stopping_between_steps_and_going_on_misses_nothing(url: str) -> None:
 
 def test_waiting_for_data_is_counted(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with stream_of(url) as stream:
-        whole = stream.store.folder.read
+        whole = stream.store.folder.read_range
 
-        def slow(name: str) -> bytes:
+        def slow(name: str, start: int, end: int) -> bytes:
             time.sleep(0.1)
-            return whole(name)
+            return whole(name, start, end)
 
-        monkeypatch.setattr(stream.store.folder, "read", slow)
+        monkeypatch.setattr(stream.store.folder, "read_range", slow)
         next(stream.steps(1))
         assert stream.data_wait_seconds >= 0.1
         waited = stream.data_wait_seconds
