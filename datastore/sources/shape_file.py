@@ -1,6 +1,7 @@
 """The files of single shapes, read so that what is wrong with one of them concerns that shape alone."""
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,12 +26,16 @@ def read_numbers(files: SourceFiles, path: str, delimiter: str | None = None) ->
     return parse_numbers(read_shape_file(files, path), files.where(path), delimiter)
 
 
-def parse_numbers(content: bytes, where: str, delimiter: str | None = None) -> np.ndarray:
-    """The same for what was read already. ShapeError where a line is no row of numbers or lacks some."""
+def parse_numbers(
+    content: bytes, where: str, delimiter: str | None = None, columns: Sequence[int] | None = None
+) -> np.ndarray:
+    """The same for what was read already, or some of its columns. ShapeError where a line is no row of numbers or lacks some."""
     if not content.strip():
         raise ShapeError(f"{where} holds no points")
     try:
-        return np.loadtxt(io.BytesIO(content), np.float64, delimiter=delimiter, ndmin=2, encoding="utf-8")
+        return np.loadtxt(
+            io.BytesIO(content), np.float64, delimiter=delimiter, usecols=columns, ndmin=2, encoding="utf-8"
+        )
     except ValueError as error:
         raise ShapeError(f"{where} is no table of numbers, or only a part of one ({error})") from error
 
