@@ -53,7 +53,7 @@ def read_array(files: SourceFiles, path: str) -> np.ndarray:
 
 
 def as_points(values: np.ndarray, where: str) -> np.ndarray:
-    """Coordinates or normals as float32. ShapeError where one of them is no finite number."""
+    """Coordinates as float32. ShapeError where one of them is no finite number."""
     with np.errstate(over="ignore"):  # what is too large for 32 bits becomes infinite, and is refused as such
         narrow = np.ascontiguousarray(values, dtype=np.float32)
     is_finite = np.isfinite(narrow).all(axis=-1)
@@ -62,6 +62,12 @@ def as_points(values: np.ndarray, where: str) -> np.ndarray:
             f"{where}: some coordinates are not finite, the first of them in row {int(np.argmin(is_finite))}"
         )
     return narrow
+
+
+def as_normals(values: np.ndarray) -> np.ndarray:
+    """Normals as float32. Some without a direction, as real files have, take their neighbours' when rows are made."""
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(values, dtype=np.float32)
 
 
 def as_colours(values: np.ndarray, where: str) -> np.ndarray:

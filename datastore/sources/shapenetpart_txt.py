@@ -7,7 +7,7 @@ from datastore.errors import SourceError
 from datastore.shape import PointCloud, Shape
 from datastore.sources import Listing, ReadingOptions, ShapeError, ShapeReference, require_count
 from datastore.sources.files import SourceFiles
-from datastore.sources.shape_file import as_points, read_numbers
+from datastore.sources.shape_file import as_normals, as_points, read_numbers
 from datastore.sources.shapenet_names import (
     NUM_SHAPENETPART_SHAPES,
     PART_CATEGORIES,
@@ -81,7 +81,7 @@ class ShapeNetPartTxt:
         return Shape(
             PointCloud(
                 as_points(values[:, :3], where),
-                normals=as_points(values[:, 3:6], where),
+                normals=as_normals(values[:, 3:6]),
                 part_labels=checked_parts(values[:, 6], shape.label, where),
             )
         )
