@@ -33,7 +33,7 @@ _RELATIVE_FACE: Final = re.compile(rb"^[ \t]*[fF][ \t][^\n]*-", re.MULTILINE)
 # ends with a traceback, its shape goes into quarantine, and the ingest goes on.
 _READING_FAILS: Final = (
     ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, NameError, NotImplementedError,
-    OSError, RecursionError, SourceError, TypeError, ValueError, struct.error,
+    OSError, RecursionError, TypeError, ValueError, struct.error,
 )  # fmt: skip
 
 
@@ -58,6 +58,8 @@ def read_mesh(files: SourceFiles, path: str) -> Mesh:
         return _by_trimesh(content, suffix, beside)
     except ShapeError as error:
         raise ShapeError(f"{suffix[1:]}: {error}") from error
+    except SourceError as error:
+        raise ShapeError(str(error).rstrip(".")) from error
     except _READING_FAILS as error:
         raise ShapeError(f"cannot be read as {suffix}: {type(error).__name__}: {error}") from error
 
@@ -130,7 +132,9 @@ def _by_trimesh(content: bytes, suffix: str, beside: _Beside) -> Mesh:
     del scene
     if not parts:
         if suffix == ".ply" and left_out:
-            raise ShapeError("it has points and no faces: it is a point cloud, which a point cloud format reads")
+            raise ShapeError(
+                "it has points and no faces: it is a point cloud. `--format point_folder` reads a folder of them"
+            )
         found = f"only {' and '.join(sorted(left_out))}, which have no surface" if left_out else "none was found"
         raise ShapeError(f"the file holds no triangles: {found}")
     side = texture_side(len(images))

@@ -166,13 +166,13 @@ def test_text_and_binary_stl_agree(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.off", b"", "the file is empty"),
+        ("empty.off", b"", "off: the file is empty"),
         ("short.off", b"OFF\n8 12 0\n0 0 0\n", "fetch it again"),
         ("faceless.obj", b"v 0 0 0\nv 1 0 0\n", "no triangles: only points"),
         ("lines.obj", b"v 0 0 0\nv 1 0 0\nl 1 2\n", "no triangles"),
         ("index.obj", b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 9\n", r"cannot be read|names vertex"),
         ("header.ply", b"ply\nformat", "cannot be read"),
-        ("cloud.ply", trimesh.PointCloud(BOX.vertices).export(file_type="ply"), "a point cloud format reads"),
+        ("cloud.ply", trimesh.PointCloud(BOX.vertices).export(file_type="ply"), "--format point_folder"),
         ("text.stl", b"solid", r"cannot be read|no triangles"),
         ("zeros.stl", b"\0" * 84, "no triangles"),
         ("long.stl", b"\0" * 80 + struct.pack("<I", 1000) + b"\0" * 50, "cannot be read"),
@@ -189,5 +189,5 @@ def test_a_damaged_file_is_a_broken_shape_and_says_why(tmp_path: Path, name: str
 
 
 def test_a_file_that_has_gone_is_a_broken_shape(tmp_path: Path) -> None:
-    with pytest.raises(ShapeError, match=r"a\.off is missing"):
+    with pytest.raises(ShapeError, match=r"^.*a\.off is missing$"):
         read(str(tmp_path), "a.off")
