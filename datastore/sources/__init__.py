@@ -176,11 +176,13 @@ def _formats() -> tuple[type[Source], ...]:
     from datastore.sources.modelnet40_resampled import ModelNet40Resampled
     from datastore.sources.objaverse import Objaverse
     from datastore.sources.point_folder import PointFolder
+    from datastore.sources.pointcmt_views import PointCmtViews
     from datastore.sources.pointmcd_tree import PointMcdTree
     from datastore.sources.scanobjectnn import ScanObjectNN
     from datastore.sources.shapenet55 import ShapeNet55
     from datastore.sources.shapenetpart_hdf5 import ShapeNetPartHdf5
     from datastore.sources.shapenetpart_txt import ShapeNetPartTxt
+    from datastore.sources.ulip import Ulip
 
     return (
         DemoSource,
@@ -189,8 +191,10 @@ def _formats() -> tuple[type[Source], ...]:
         ShapeNetPartTxt,
         ScanObjectNN,
         CrossPointPairs,
+        Ulip,
         ShapeNet55,
         PointMcdTree,
+        PointCmtViews,
         ModelNet40Resampled,
         MeshBundle,
         Objaverse,
