@@ -7,10 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from datastore.cameras import rig_by_name
 from datastore.errors import SourceError
+from datastore.ingest import ingest
+from datastore.layout import open_store
 from datastore.shape import PointCloud
 from datastore.sources import ReadingOptions, ShapeError, open_source
 from datastore.sources.shapenet_names import PART_CATEGORIES
+from datastore.write import verify
 
 PARTIAL = ReadingOptions(partial=True)
 SYNSETS = {name: f"0{2_000_000 + number}" for number, name in enumerate(PART_CATEGORIES)}
@@ -152,3 +156,36 @@ def test_a_file_that_is_no_such_shape_breaks_it_alone(tmp_path: Path, content: b
     with pytest.raises(ShapeError, match=message):
         source.load(source.listing.shapes[0])
     source.load(source.listing.shapes[1])
+
+
+def test_an_ingest_keeps_names_splits_labels_parts_and_points(tmp_path: Path) -> None:
+    folder = write_tree(tmp_path / "set")
+    (folder / SYNSETS["Airplane"] / "a1.txt").write_text("0 0 0 0 1 0 47\n1 1 1 0 1 0 47\n")
+    source = open_source(str(folder), options=PARTIAL)
+    rig = rig_by_name("azimuth12", image_size=16)
+    summary = ingest(source, str(tmp_path / "store.zarr"), rig=rig, num_points=32, num_workers=1)
+    (broken,) = summary.quarantine
+    assert (broken.row, broken.id) == (1, f"{SYNSETS['Airplane']}/a1")
+    assert "point 0 is of part 47, and Airplane has parts 0 to 3" in broken.reason
+    store = open_store(str(tmp_path / "store.zarr"))
+    verify(store)
+    assert {"normals", "part_labels", "views", "depth", "visibility", "pixels"} <= set(store.ingest_fields)
+    row = 3
+    read = {
+        name: store.read(name, [row])[0]
+        for name in ("id", "label", "split", "points", "part_labels", "centre", "scale")
+    }
+    shape = source.listing.shapes[row]
+    assert read["id"] == shape.id == f"{SYNSETS['Table']}/t1"
+    assert store.class_names[read["label"]] == "Table"
+    assert store.attributes.splits[read["split"]] == "test"
+    # 20 points fill 32 places: each is one of the source's, with its own part, and each of those is there
+    cloud = source.load(shape).geometry
+    assert isinstance(cloud, PointCloud)
+    assert cloud.part_labels is not None
+    back = read["points"] * read["scale"] + read["centre"]
+    nearest = np.linalg.norm(back[:, None] - cloud.points, axis=2).argmin(axis=1)
+    assert np.allclose(back, cloud.points[nearest], atol=1e-5)
+    assert set(nearest) == set(range(20))
+    assert np.array_equal(read["part_labels"], cloud.part_labels[nearest])
+    assert store.part_names[read["part_labels"][0]].startswith("Table/")
