@@ -1,8 +1,6 @@
 """A tree of mesh files, one a shape, whose folders name class and split. ModelNet's OFF files are such a tree."""
 
-import hashlib
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import ClassVar, Final, Self
@@ -10,11 +8,9 @@ from typing import ClassVar, Final, Self
 from datastore.errors import AskedWrongly, SourceError
 from datastore.shape import Shape
 from datastore.sources import Axis, Listing, ReadingOptions, ShapeReference, require_count
-from datastore.sources.files import File, SourceFiles
+from datastore.sources.class_folders import SPLIT_ORDER, class_and_split, ids_of, sizes_of
+from datastore.sources.files import SourceFiles
 from datastore.sources.mesh_files import COLOURED_SUFFIXES, MESH_SUFFIXES, read_mesh
-
-_SPLIT_OF_FOLDER: Final = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
-_SPLIT_ORDER: Final = ("train", "val", "test")
 
 _LEVELS_LOOKED_AT: Final = 6
 _FOLDERS_LOOKED_AT: Final = 32  # of each level
@@ -71,7 +67,8 @@ class MeshFolder:
             raise SourceError(f"{files.url}: {files.describe()} No file below it ends in {' '.join(MESH_SUFFIXES)}.")
         places = [file.path for file in listed]
         variant = options.variant or _modelnet_of(places)
-        class_of, split_of = _classes_and_splits(places, variant)
+        found = [_class_and_split(place, variant) for place in places]
+        class_of, split_of = [class_name for class_name, _ in found], [split for _, split in found]
         if variant is None:
             class_names = tuple(sorted(set(class_of) - {""}))
         else:
@@ -85,13 +82,13 @@ class MeshFolder:
         listing = Listing(
             shapes=[
                 ShapeReference(shape_id, label_of[class_name], split, place)
-                for shape_id, class_name, split, place in zip(_ids(places), class_of, split_of, places, strict=True)
+                for shape_id, class_name, split, place in zip(ids_of(places), class_of, split_of, places, strict=True)
             ],
             class_names=class_names,
-            splits=tuple(name for name in _SPLIT_ORDER if name in split_of),
+            splits=tuple(name for name in SPLIT_ORDER if name in split_of),
             coloured=any(PurePosixPath(place).suffix.lower() in COLOURED_SUFFIXES for place in places),
             up_axis=up_axis,
-            content=_sizes(listed),
+            content=sizes_of(listed),
         )
         return cls(files.url, listing)
 
@@ -109,27 +106,6 @@ def _modelnet_of(places: Sequence[str]) -> str | None:
     return next((variant for variant, (known, _, _) in _MODELNETS.items() if names <= set(known)), None)
 
 
-def _classes_and_splits(places: Sequence[str], variant: str | None) -> tuple[list[str], list[str]]:
-    """Both from the folders above each file: a split is known by its name, and the class is the first of the others.
-
-    ModelNet's archive unpacks into a folder of its name, which is no class: there, the class is the last one.
-    """
-    classes, splits = [], []
-    for place in places:
-        folders = PurePosixPath(place).parts[:-1]
-        named = [name for name in folders if name.lower() not in _SPLIT_OF_FOLDER]
-        classes.append(named[0 if variant is None else -1] if named else "")
-        split = next((_SPLIT_OF_FOLDER[name.lower()] for name in folders if name.lower() in _SPLIT_OF_FOLDER), "train")
-        splits.append(split)
-    return classes, splits
-
-
-def _ids(places: Sequence[str]) -> list[str]:
-    """The paths without their suffixes, but for those that would then be the same."""
-    bare = [str(PurePosixPath(place).with_suffix("")) for place in places]
-    times = Counter(bare)
-    return [name if times[name] == 1 else place for name, place in zip(bare, places, strict=True)]
-
-
-def _sizes(listed: Sequence[File]) -> str:
-    return hashlib.sha256(" ".join(str(file.size) for file in listed).encode()).hexdigest()
+def _class_and_split(place: str, variant: str | None) -> tuple[str, str]:
+    """Both from the folders above a file. ModelNet's archive unpacks into a folder of its name, which is no class."""
+    return class_and_split(place if variant is None else "/".join(PurePosixPath(place).parts[-3:]))
