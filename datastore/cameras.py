@@ -312,6 +312,3 @@ _KINDS: Final = {
 }
 RIG_NAMES: Final = tuple(name for name, kind in _KINDS.items() if not kind.required)
 """Rigs that are whole by their name."""
-
-RIG_EXAMPLES: Final = tuple(kind.example for kind in _KINDS.values() if kind.required)
-"""Words for rigs that are whole with parameters only."""

@@ -222,17 +222,16 @@ def _supersampled(
     y: Float32[np.ndarray, " n"],
 ) -> Float32[np.ndarray, "n c"]:
     """Mean colour of pixels over their middle, which is known, and more places inside."""
-    total = middles.copy()
-    for right, down in _MORE_PLACES:
-        step = np.float32(1 / camera.rig.focal_length)
-        there_x, there_y = x + np.float32(right) * step, y + np.float32(down) * step
-        hits = cast(*camera.rays(there_x, there_y), output=True)
-        hit = np.flatnonzero(hits["primID"] >= 0)
-        _, colours = camera.shades(mesh, hits, hit, there_x.take(hit), there_y.take(hit))
-        there = np.full_like(middles, BACKGROUND)
-        there[hit] = colours
-        total += there
-    return total / np.float32(1 + len(_MORE_PLACES))
+    right, down = np.array(_MORE_PLACES, dtype=np.float32).T / np.float32(camera.rig.focal_length)
+    there_x, there_y = (x[:, None] + right).reshape(-1), (y[:, None] + down).reshape(-1)
+    hits = cast(*camera.rays(there_x, there_y), output=True)
+    hit = np.flatnonzero(hits["primID"] >= 0)
+    _, colours = camera.shades(mesh, hits, hit, there_x.take(hit), there_y.take(hit))
+    there = np.full((len(there_x), middles.shape[1]), BACKGROUND, dtype=np.float32)
+    there[hit] = colours
+    total: Float32[np.ndarray, "n c"] = middles + there.reshape(len(middles), len(_MORE_PLACES), -1).sum(axis=1)
+    total /= np.float32(1 + len(_MORE_PLACES))
+    return total
 
 
 def _windows(mesh: Mesh, rig: CameraRig) -> list[tuple[int, int, int, int]]:

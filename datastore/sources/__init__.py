@@ -172,10 +172,36 @@ def _formats() -> tuple[type[Source], ...]:
     from datastore.sources.mesh_bundle import MeshBundle
     from datastore.sources.mesh_folder import MeshFolder
     from datastore.sources.mesh_index import MeshIndex
+    from datastore.sources.modelnet40_hdf5 import ModelNet40Hdf5
+    from datastore.sources.modelnet40_resampled import ModelNet40Resampled
     from datastore.sources.objaverse import Objaverse
+    from datastore.sources.point_folder import PointFolder
+    from datastore.sources.pointcmt_views import PointCmtViews
     from datastore.sources.pointmcd_tree import PointMcdTree
+    from datastore.sources.scanobjectnn import ScanObjectNN
+    from datastore.sources.shapenet55 import ShapeNet55
+    from datastore.sources.shapenetpart_hdf5 import ShapeNetPartHdf5
+    from datastore.sources.shapenetpart_txt import ShapeNetPartTxt
+    from datastore.sources.ulip import Ulip
 
-    return (DemoSource, CrossPointPairs, PointMcdTree, MeshBundle, Objaverse, MeshIndex, MeshFolder)
+    return (
+        DemoSource,
+        ModelNet40Hdf5,
+        ShapeNetPartHdf5,
+        ShapeNetPartTxt,
+        ScanObjectNN,
+        CrossPointPairs,
+        Ulip,
+        ShapeNet55,
+        PointMcdTree,
+        PointCmtViews,
+        ModelNet40Resampled,
+        MeshBundle,
+        Objaverse,
+        MeshIndex,
+        PointFolder,
+        MeshFolder,
+    )
 
 
 def format_table() -> str:

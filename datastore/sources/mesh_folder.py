@@ -1,43 +1,42 @@
-"""A tree of mesh files, one a shape, whose folders name class and split."""
+"""A tree of mesh files, one a shape, whose folders name class and split. ModelNet's OFF files are such a tree."""
 
-import struct
+import re
+from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
+from typing import ClassVar, Final, Self
 
-import numpy as np
-from jaxtyping import UInt8
-
-from datastore.errors import SourceError
-from datastore.mesh import Mesh
-from datastore.render import NEUTRAL_GREY
+from datastore.errors import AskedWrongly, SourceError
 from datastore.shape import Shape
-from datastore.sources import Listing, ReadingOptions, ShapeError, ShapeReference
+from datastore.sources import Axis, Listing, ReadingOptions, ShapeReference, require_count
+from datastore.sources.class_folders import SPLIT_ORDER, class_and_split, ids_of, sizes_of
 from datastore.sources.files import SourceFiles
+from datastore.sources.mesh_files import COLOURED_SUFFIXES, MESH_SUFFIXES, read_mesh
 
-if TYPE_CHECKING:
-    import trimesh
+_LEVELS_LOOKED_AT: Final = 6
+_FOLDERS_LOOKED_AT: Final = 32  # of each level
 
-MESH_SUFFIXES: Final = (".off", ".obj", ".ply", ".stl", ".glb", ".gltf")
-_COLOURED_SUFFIXES: Final = {".obj", ".ply", ".glb", ".gltf"}
-_SPLIT_OF_FOLDER: Final = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
-_SPLIT_ORDER: Final = ("train", "val", "test")
-
-_Colours = tuple[UInt8[np.ndarray, "m 3"] | None, UInt8[np.ndarray, "n 3"] | None]  # of faces, of vertices; not both
-
-# What readers of a dozen formats raise on damaged files, and where an optional decoder is not installed. Anything else
-# is a fault that should be seen: the worker process ends with a traceback, its shape goes into quarantine, and the
-# ingest goes on.
-_READING_FAILS: Final = (
-    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, NotImplementedError, OSError,
-    TypeError, ValueError, struct.error,
+_MODELNET10: Final = (
+    "bathtub", "bed", "chair", "desk", "dresser", "monitor", "night_stand", "sofa", "table", "toilet",
 )  # fmt: skip
+_MODELNET40: Final = (
+    "airplane", "bathtub", "bed", "bench", "bookshelf", "bottle", "bowl", "car", "chair", "cone", "cup", "curtain",
+    "desk", "door", "dresser", "flower_pot", "glass_box", "guitar", "keyboard", "lamp", "laptop", "mantel", "monitor",
+    "night_stand", "person", "piano", "plant", "radio", "range_hood", "sink", "sofa", "stairs", "stool", "table",
+    "tent", "toilet", "tv_stand", "vase", "wardrobe", "xbox",
+)  # fmt: skip
+_MODELNETS: Final = {"modelnet10": (_MODELNET10, 3991, 908), "modelnet40": (_MODELNET40, 9843, 2468)}
+"""Class names, and how many shapes are for training and for testing."""
+
+_MODELNET_PLACE: Final = re.compile(r"(?:.*/)?(?P<name>[^/]+)/(?:train|test)/(?P=name)_\d{4}\.off", re.IGNORECASE)
 
 
 class MeshFolder:
     """`class/split/name.off` and its kin: `class/name.off`, `split/class/name.off`, and bare files without a class."""
 
     FORMAT: ClassVar[str] = "mesh_folder"
-    LOOKS_LIKE: ClassVar[str] = f"a folder tree class/split/name with files {' '.join(MESH_SUFFIXES)}"
+    LOOKS_LIKE: ClassVar[str] = (
+        f"a folder tree class/split/name, split/class/name, class/name or name with files {' '.join(MESH_SUFFIXES)}"
+    )
 
     def __init__(self, url: str, listing: Listing) -> None:
         self.url = url
@@ -45,109 +44,68 @@ class MeshFolder:
 
     @classmethod
     def recognises(cls, files: SourceFiles) -> bool:
-        """Whether there is a mesh file somewhere below."""
-        return bool(files.walk(MESH_SUFFIXES))
+        """Whether there is a mesh file in one of the first folders of a level."""
+        level = [""]
+        for _ in range(_LEVELS_LOOKED_AT):
+            below = []
+            for folder in level[:_FOLDERS_LOOKED_AT]:
+                names = files.entries(folder)
+                if any(name.lower().endswith(MESH_SUFFIXES) for name in names):
+                    return True
+                # a file's suffix is no proof: folders have points in their names too
+                below += [f"{folder}/{name}".lstrip("/") for name in names[:_FOLDERS_LOOKED_AT]]
+            level = below
+        return False
 
     @classmethod
     def open(cls, files: SourceFiles, options: ReadingOptions) -> Self:
         """The folder, listed in the order of its sorted paths."""
+        if options.variant not in (None, *_MODELNETS):
+            raise AskedWrongly(f"--variant of a mesh folder is {' or '.join(_MODELNETS)}, not {options.variant!r}.")
         listed = files.walk(MESH_SUFFIXES)
         if not listed:
             raise SourceError(f"{files.url}: {files.describe()} No file below it ends in {' '.join(MESH_SUFFIXES)}.")
-        found = [(_class_and_split(file.path), file.path) for file in listed]
-        class_names = tuple(sorted({class_name for (class_name, _), _ in found} - {""}))
+        places = [file.path for file in listed]
+        variant = options.variant or _modelnet_of(places)
+        found = [_class_and_split(place, variant) for place in places]
+        class_of, split_of = [class_name for class_name, _ in found], [split for _, split in found]
+        if variant is None:
+            class_names = tuple(sorted(set(class_of) - {""}))
+        else:
+            class_names, num_train, num_test = _MODELNETS[variant]
+            if strange := sorted(set(class_of) - set(class_names)):
+                raise SourceError(f"{files.url}: {variant} has no class {', '.join(strange[:6])}")
+            for split, promised in (("train", num_train), ("test", num_test)):
+                require_count(f"{files.url}: {split} shapes of {variant}", split_of.count(split), promised, options)
         label_of = {"": -1} | {name: label for label, name in enumerate(class_names)}
-        splits = {split for (_, split), _ in found}
+        up_axis: Axis = "+Y" if variant is None else "+Z"
         listing = Listing(
             shapes=[
-                ShapeReference(str(PurePosixPath(place).with_suffix("")), label_of[class_name], split, place)
-                for (class_name, split), place in found
+                ShapeReference(shape_id, label_of[class_name], split, place)
+                for shape_id, class_name, split, place in zip(ids_of(places), class_of, split_of, places, strict=True)
             ],
             class_names=class_names,
-            splits=tuple(name for name in _SPLIT_ORDER if name in splits),
-            # decided by what the format can carry: to know, one would have to read every file
-            coloured=any(PurePosixPath(file.path).suffix.lower() in _COLOURED_SUFFIXES for file in listed),
-            content=" ".join(str(file.size) for file in listed),
+            splits=tuple(name for name in SPLIT_ORDER if name in split_of),
+            coloured=any(PurePosixPath(place).suffix.lower() in COLOURED_SUFFIXES for place in places),
+            up_axis=up_axis,
+            content=sizes_of(listed),
         )
         return cls(files.url, listing)
 
     def load(self, shape: ShapeReference) -> Shape:
         """One file as one mesh: all parts of its scene, each where the scene puts it."""
-        import trimesh
-
-        path = SourceFiles(self.url).local_path(shape.place)
-        try:
-            # process=False: vertices are not merged, so their order and colours stay the file's own
-            scene = trimesh.load_scene(path, process=False)
-            return Shape(_flattened(scene))
-        except _READING_FAILS as error:
-            raise ShapeError(f"cannot be read as {path.suffix.lower()}: {type(error).__name__}: {error}") from error
+        return Shape(read_mesh(SourceFiles(self.url), shape.place))
 
 
-def _class_and_split(place: str) -> tuple[str, str]:
-    """Both from the folders above a file: a split is known by its name, and the class is the first of the others."""
-    folders = PurePosixPath(place).parts[:-1]
-    splits = [_SPLIT_OF_FOLDER[name.lower()] for name in folders if name.lower() in _SPLIT_OF_FOLDER]
-    classes = [name for name in folders if name.lower() not in _SPLIT_OF_FOLDER]
-    return (classes[0] if classes else ""), (splits[0] if splits else "train")
+def _modelnet_of(places: Sequence[str]) -> str | None:
+    """Which ModelNet the files are of, or a part of; None where one of them is not named as ModelNet's are."""
+    matches = [_MODELNET_PLACE.fullmatch(place) for place in places]
+    names = {match["name"] for match in matches if match is not None}
+    if not all(matches):
+        return None
+    return next((variant for variant, (known, _, _) in _MODELNETS.items() if names <= set(known)), None)
 
 
-def _flattened(scene: "trimesh.Scene") -> Mesh:
-    """One mesh in the scene's coordinates."""
-    import trimesh
-
-    vertices, faces, colours = [], [], []
-    num_vertices = 0
-    for node in scene.graph.nodes_geometry:
-        transform, name = scene.graph[node]
-        geometry = scene.geometry[name]
-        if not isinstance(geometry, trimesh.Trimesh) or len(geometry.faces) == 0:
-            continue  # points and lines have no surface
-        corners = np.asarray(geometry.faces, dtype=np.int64)
-        if np.linalg.det(transform[:3, :3]) < 0:
-            corners = corners[:, ::-1]  # a mirrored part would be inside out
-        vertices.append(np.asarray(geometry.vertices) @ transform[:3, :3].T + transform[:3, 3])
-        faces.append(corners + num_vertices)
-        colours.append(_face_or_vertex_colours(geometry))
-        num_vertices += len(geometry.vertices)
-    if not faces:
-        raise ShapeError("the file holds no triangles")
-    if num_vertices > np.iinfo(np.int32).max:
-        raise ShapeError(f"{num_vertices:,} vertices are more than 32-bit indices can name")
-    face_colours, vertex_colours = _joined_colours(colours, faces, [len(part) for part in vertices])
-    return Mesh(
-        vertices=np.concatenate(vertices).astype(np.float32),
-        faces=np.concatenate(faces).astype(np.int32),
-        face_colours=face_colours,
-        vertex_colours=vertex_colours,
-    )
-
-
-def _face_or_vertex_colours(geometry: "trimesh.Trimesh") -> _Colours:
-    """The colours a part came with. A texture is read at the vertices; a bare material colours the whole part."""
-    visual: Any = geometry.visual  # which of several classes it is, `kind` tells
-    if visual.kind == "face":
-        return np.asarray(visual.face_colors[:, :3], dtype=np.uint8), None
-    if visual.kind == "vertex":
-        return None, np.asarray(visual.vertex_colors[:, :3], dtype=np.uint8)
-    if visual.kind == "texture":
-        if visual.uv is None:  # without texture coordinates the reader cannot say how many colours there are
-            return np.tile(np.asarray(visual.material.main_color[:3], dtype=np.uint8), (len(geometry.faces), 1)), None
-        return None, np.asarray(visual.to_color().vertex_colors[:, :3], dtype=np.uint8)
-    return None, None
-
-
-def _joined_colours(colours: list[_Colours], faces: list[np.ndarray], num_vertices: list[int]) -> _Colours:
-    """One array for all parts: of vertices if that loses nothing, else of faces. Parts without colours are grey."""
-    if all(of_faces is None and of_vertices is None for of_faces, of_vertices in colours):
-        return None, None
-    if all(of_faces is None for of_faces, _ in colours):
-        grey = [np.full((count, 3), NEUTRAL_GREY, dtype=np.uint8) for count in num_vertices]
-        return None, np.concatenate([of if of is not None else grey[part] for part, (_, of) in enumerate(colours)])
-    first = np.cumsum([0, *num_vertices])
-    joined = []
-    for part, (of_faces, of_vertices) in enumerate(colours):
-        if of_faces is None and of_vertices is not None:
-            of_faces = of_vertices[faces[part] - first[part]].mean(axis=1).astype(np.uint8)
-        joined.append(of_faces if of_faces is not None else np.full((len(faces[part]), 3), NEUTRAL_GREY, np.uint8))
-    return np.concatenate(joined), None
+def _class_and_split(place: str, variant: str | None) -> tuple[str, str]:
+    """Both from the folders above a file. ModelNet's archive unpacks into a folder of its name, which is no class."""
+    return class_and_split(place if variant is None else "/".join(PurePosixPath(place).parts[-3:]))

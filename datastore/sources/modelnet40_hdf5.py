@@ -10,7 +10,7 @@ from datastore.shape import PointCloud, Shape
 from datastore.sources import Listing, ReadingOptions, ShapeReference, require_count
 from datastore.sources.files import SourceFiles
 from datastore.sources.hdf5 import CloudFile, RowReader, common_num_points, look_at_clouds, numbered_files
-from datastore.sources.shape_file import as_points
+from datastore.sources.shape_file import as_normals, as_points
 
 MODELNET_LICENCE: Final = "academic research only; the models belong to their authors"
 
@@ -87,8 +87,8 @@ class ModelNet40Hdf5:
         path, _, row = shape.place.rpartition("#")
         names = ("data", "normal") if self.listing.with_normals else ("data",)
         where = f"{self._files.where(path)}, row {row}"
-        points, *normals = (as_points(values, where) for values in self._rows.row(path, int(row), names))
-        return Shape(PointCloud(points, normals[0] if normals else None))
+        points, *normals = self._rows.row(path, int(row), names)
+        return Shape(PointCloud(as_points(points, where), normals=as_normals(normals[0]) if normals else None))
 
 
 def _ids(files: SourceFiles, file: CloudFile, class_names: tuple[str, ...]) -> list[str]:

@@ -1,6 +1,7 @@
 """The files of single shapes, read so that what is wrong with one of them concerns that shape alone."""
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,12 +26,16 @@ def read_numbers(files: SourceFiles, path: str, delimiter: str | None = None) ->
     return parse_numbers(read_shape_file(files, path), files.where(path), delimiter)
 
 
-def parse_numbers(content: bytes, where: str, delimiter: str | None = None) -> np.ndarray:
-    """The same for what was read already. ShapeError where a line is no row of numbers or lacks some."""
+def parse_numbers(
+    content: bytes, where: str, delimiter: str | None = None, columns: Sequence[int] | None = None
+) -> np.ndarray:
+    """The same for what was read already, or some of its columns. ShapeError where a line is no row of numbers or lacks some."""
     if not content.strip():
         raise ShapeError(f"{where} holds no points")
     try:
-        return np.loadtxt(io.BytesIO(content), np.float64, delimiter=delimiter, ndmin=2, encoding="utf-8")
+        return np.loadtxt(
+            io.BytesIO(content), np.float64, delimiter=delimiter, usecols=columns, ndmin=2, encoding="utf-8"
+        )
     except ValueError as error:
         raise ShapeError(f"{where} is no table of numbers, or only a part of one ({error})") from error
 
@@ -48,7 +53,7 @@ def read_array(files: SourceFiles, path: str) -> np.ndarray:
 
 
 def as_points(values: np.ndarray, where: str) -> np.ndarray:
-    """Coordinates or normals as float32. ShapeError where one of them is no finite number."""
+    """Coordinates as float32. ShapeError where one of them is no finite number."""
     with np.errstate(over="ignore"):  # what is too large for 32 bits becomes infinite, and is refused as such
         narrow = np.ascontiguousarray(values, dtype=np.float32)
     is_finite = np.isfinite(narrow).all(axis=-1)
@@ -57,6 +62,12 @@ def as_points(values: np.ndarray, where: str) -> np.ndarray:
             f"{where}: some coordinates are not finite, the first of them in row {int(np.argmin(is_finite))}"
         )
     return narrow
+
+
+def as_normals(values: np.ndarray) -> np.ndarray:
+    """Normals as float32. Some without a direction, as real files have, take their neighbours' when rows are made."""
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(values, dtype=np.float32)
 
 
 def as_colours(values: np.ndarray, where: str) -> np.ndarray:

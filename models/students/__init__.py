@@ -8,12 +8,14 @@ from pydantic import Field, TypeAdapter
 from models.encoding import PointEncoder
 from models.students.curvenet import CurveNetConfig
 from models.students.dgcnn import DGCNNConfig
+from models.students.masked_transformer import MaskedTransformerConfig
 from models.students.pointmlp import PointMLPConfig
 from models.students.pointnet import PointNetConfig
 from models.students.pointnet2 import PointNet2Config
 
 StudentConfig = Annotated[
-    CurveNetConfig | DGCNNConfig | PointMLPConfig | PointNet2Config | PointNetConfig, Field(discriminator="kind")
+    CurveNetConfig | DGCNNConfig | MaskedTransformerConfig | PointMLPConfig | PointNet2Config | PointNetConfig,
+    Field(discriminator="kind"),
 ]
 
 _ADAPTER: TypeAdapter[StudentConfig] = TypeAdapter(StudentConfig)

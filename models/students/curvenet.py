@@ -2,7 +2,8 @@
 
 "Walk in the Cloud: Learning Curves for Point Clouds Shape Analysis" (ICCV 2021), classification; with its head and 40
 classes 2,140,672 parameters. As PointMCD uses it, embeddings are those of the points that survive before the last
-pooling (64 of 1024), nowhere negative.
+pooling (64 of 1024), nowhere negative. For labels of points, `levels` are what the stem and the last block on each
+set of points say.
 
 Curves start at the points that a gate rates highest. At each step a small network picks one neighbour of where the
 curve is; the choice is hard, its gradient that of the softmax (no Gumbel noise, so that a cloud has one encoding).
@@ -16,11 +17,13 @@ from jaxtyping import Float, Int64
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from models.encoding import Encoding, PointEncoder
+from models.encoding import Encoding, Level, PointEncoder
 from models.heads import Projection
+from models.layers import row_layers
 from models.ops.neighbours import ball_query, gather, nearest_neighbours
 from models.ops.sampling import farthest_points
 from models.ops.view_pooling import max_over_points
+from models.pair_linear import PairLinear
 from models.row_norm import RowNorm
 
 SLOPE: Final = 0.2  # of LeakyReLU
@@ -76,23 +79,26 @@ class CurveNet(PointEncoder):
         self.num_neighbours = config.num_neighbours
         channels = config.scaled(config.stem_channels)
         self.stem = Stem(channels)
-        blocks = []
-        for block in config.blocks:
+        blocks, level_dims = [], [channels]
+        following = [block.num_points for block in config.blocks[1:]] + [0]
+        for block, num_points_after in zip(config.blocks, following, strict=True):
             scaled = block.model_copy(update={"channels": config.scaled(block.channels)})
-            blocks.append(CurveBlock(channels, scaled, config.curve_length))
+            ends_level = num_points_after != block.num_points
+            blocks.append(CurveBlock(channels, scaled, config.curve_length, ends_level))
             channels = scaled.channels
+            level_dims += [channels] * ends_level
         self.blocks = nn.ModuleList(blocks)
+        self.level_dims = tuple(level_dims)
         self.per_point_dim = config.scaled(config.embedding_channels)
         self.pooled_dim = 2 * self.per_point_dim
-        self.embedding = nn.Sequential(
-            nn.Linear(channels, self.per_point_dim, bias=False), RowNorm(self.per_point_dim), nn.ReLU(inplace=True)
-        )
+        self.embedding = row_layers(channels, (self.per_point_dim,))
 
     def forward(self, points: Float[Tensor, "b n 3"]) -> Encoding:
         """Embeddings of the survivors, nowhere negative, with their places among the points given."""
         neighbours = self.neighbours(points)
         features = self.stem(points, neighbours[..., :-1])
         indices = torch.arange(points.shape[1], device=points.device).expand(points.shape[:2])
+        levels = [Level(points, features)]
         for block in self.blocks:
             assert isinstance(block, CurveBlock)
             if block.num_points < points.shape[1]:
@@ -104,9 +110,11 @@ class CurveNet(PointEncoder):
                 indices, points = indices.gather(1, chosen), centres
                 neighbours = self.neighbours(points)  # blocks on the same points share them
             features = block(points, features, neighbours)
+            if block.ends_level:
+                levels.append(Level(points, features))
         per_point = self.embedding(features)
         pooled = torch.cat([max_over_points(per_point), per_point.mean(dim=1)], dim=1)
-        return Encoding(per_point, pooled, indices=indices)
+        return Encoding(per_point, pooled, indices, levels=tuple(levels))
 
     def neighbours(self, points: Float[Tensor, "b n 3"]) -> Int64[Tensor, "b n _"]:
         """Each point's nearest points, itself first: one more than `num_neighbours`, for walks do without itself."""
@@ -121,11 +129,12 @@ class CurveNet(PointEncoder):
 class CurveBlock(nn.Module):
     """A bottleneck of curves and local aggregation beside a shortcut."""
 
-    def __init__(self, in_channels: int, config: CurveBlockConfig, curve_length: int) -> None:
+    def __init__(self, in_channels: int, config: CurveBlockConfig, curve_length: int, ends_level: bool) -> None:
         super().__init__()
         self.num_points, self.radius = config.num_points, config.radius
+        self.ends_level = ends_level  # the next block works on fewer points, or there is none
         channels = max(1, in_channels // config.bottleneck)
-        self.reduce = nn.Sequential(nn.Linear(in_channels, channels, bias=False), RowNorm(channels), leaky())
+        self.reduce = row_layers(in_channels, (channels,), negative_slope=SLOPE)
         self.walks = self.curves = None
         if config.num_curves > 0:
             self.walks = CurveWalks(channels, config.num_curves, curve_length)
@@ -152,7 +161,7 @@ class Stem(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(9, channels, bias=False), RowNorm(channels), leaky())
+        self.layers = row_layers(9, (channels,), negative_slope=SLOPE)
 
     def forward(self, points: Float[Tensor, "b n 3"], neighbours: Int64[Tensor, "b n k"]) -> Float[Tensor, "b n d"]:
         """Features of each point."""
@@ -167,7 +176,7 @@ class LocalAggregation(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.geometry = nn.Sequential(nn.Linear(9, channels, bias=False), RowNorm(channels))
-        self.layers = nn.Sequential(nn.Linear(channels, channels, bias=False), RowNorm(channels), leaky())
+        self.layers = row_layers(channels, (channels,), negative_slope=SLOPE)
 
     def forward(
         self, points: Float[Tensor, "b n 3"], features: Float[Tensor, "b n c"], neighbours: Int64[Tensor, "b n k"]
@@ -187,7 +196,7 @@ class CurveWalks(nn.Module):
         super().__init__()
         self.num_curves, self.curve_length = num_curves, curve_length
         self.gate = nn.Linear(channels, 1, bias=False)
-        self.agent = nn.Linear(2 * channels, 1, bias=False)  # [the curve so far, a candidate] -> how good a step it is
+        self.agent = PairLinear(channels, channels, 1, bias=False)  # [the curve so far, a candidate] -> how good a step
         self.agent_norm = RowNorm(1)
         self.momentum = nn.Linear(2 * channels, 2, bias=False)  # [the point reached, the curve before] -> their shares
         self.momentum_norm = RowNorm(2)
@@ -212,7 +221,7 @@ class CurveWalks(nn.Module):
                 both = torch.stack([reached, curve], dim=2)
                 shares = torch.softmax(self.momentum_norm(self.momentum(both.flatten(2))), dim=2)
                 curve = (shares[..., None] * both).sum(dim=2)
-            score = self.agent_norm(self.rate(curve, candidates))
+            score = self.agent_norm(self.agent(curve, candidates))
             if step > 1:
                 # The spec leaves open which direction a curve has: from its summary to the point reached
                 ahead = F.cosine_similarity((reached - curve)[:, :, None], candidates - reached[:, :, None], dim=3)
@@ -225,11 +234,6 @@ class CurveWalks(nn.Module):
             place = candidate_places.gather(2, choice).squeeze(2)
             path.append(reached)
         return torch.stack(path, dim=2)
-
-    def rate(self, curve: Float[Tensor, "b q c"], candidates: Float[Tensor, "b q k c"]) -> Float[Tensor, "b q k 1"]:
-        """The agent's layer on [curve, candidate], without writing the pairs down."""
-        on_curve, on_candidate = self.agent.weight.chunk(2, dim=1)
-        return F.linear(curve, on_curve)[:, :, None] + F.linear(candidates, on_candidate)
 
 
 class CurveAggregation(nn.Module):
@@ -270,8 +274,3 @@ def edge_geometry(points: Float[Tensor, "b n 3"], neighbours: Int64[Tensor, "b n
     ends = gather(points, neighbours)
     starts = points[:, :, None].expand_as(ends)
     return torch.cat([starts, ends, ends - starts], dim=3)
-
-
-def leaky() -> nn.Module:
-    """The activation of all layers but the embedding's."""
-    return nn.LeakyReLU(SLOPE, inplace=True)

@@ -7,7 +7,7 @@ import pytest
 
 from datastore.sources import ShapeError
 from datastore.sources.files import SourceFiles
-from datastore.sources.shape_file import as_colours, as_points, read_array, read_numbers, read_shape_file
+from datastore.sources.shape_file import as_colours, as_normals, as_points, read_array, read_numbers, read_shape_file
 
 
 @pytest.mark.parametrize(("content", "delimiter"), [(b"1 2 3\n4 5 6e0\n", None), (b"1,2,3\r\n 4, 5,6", ",")])
@@ -63,6 +63,12 @@ def test_coordinates_that_are_not_finite_are_refused_with_their_row() -> None:
 def test_coordinates_that_are_too_large_for_32_bits_are_refused() -> None:
     with pytest.raises(ShapeError, match="not finite"):
         as_points(np.array([[0.0, 1e300, 0]]), "a")
+
+
+def test_normals_without_a_direction_are_no_reason_to_refuse_a_shape() -> None:
+    normals = as_normals(np.array([[0, 0, 0], [np.nan, 0, 1], [1e300, 0, 0]]))
+    assert normals.dtype == np.float32
+    assert np.isnan(normals[1, 0])
 
 
 def test_colours_from_0_to_1_and_from_0_to_255_are_the_same() -> None:

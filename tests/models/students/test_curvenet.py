@@ -1,7 +1,5 @@
 """Tests of models/students/curvenet.py."""
 
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
@@ -10,6 +8,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from models.heads import part_segmentation_head
 from models.students.curvenet import (
     CurveAggregation,
     CurveBlock,
@@ -103,7 +102,7 @@ def walks_one_by_one(walks: CurveWalks, features: Tensor, neighbours: Tensor) ->
                 for candidate in neighbours[b, paths[b][q][-1]]
             ]
         )
-        scores = walks.agent_norm(walks.agent(pairs)).view(num_clouds, walks.num_curves, -1)
+        scores = walks.agent_norm(pairs @ walks.agent.weight.T).view(num_clouds, walks.num_curves, -1)
         for b in range(num_clouds):
             for q in range(walks.num_curves):
                 here = paths[b][q][-1]
@@ -280,23 +279,11 @@ def test_a_config_that_makes_no_sense_is_refused(values: dict[str, object]) -> N
         CurveNetConfig.model_validate(values)
 
 
-@pytest.mark.slow
-def test_the_compiled_student_says_the_same_and_learns_the_same() -> None:
-    # In a process of its own: the checks of shapes that tests install are not there to be compiled
-    script = """
-import torch
-from models.students.curvenet import CurveBlockConfig, CurveNetConfig
-block = CurveBlockConfig(num_points=64, radius=0.3, channels=16, bottleneck=2, num_curves=5)
-blocks = (block, block.model_copy(update={"num_points": 24, "num_curves": 0}))
-torch.manual_seed(0)
-network = CurveNetConfig(stem_channels=8, num_neighbours=6, blocks=blocks, embedding_channels=20).build().eval()
-points = torch.randn(2, 48, 3)
-results = []
-for encode in (network, torch.compile(network)):
-    network.zero_grad()
-    pooled = encode(points).pooled
-    pooled.square().sum().backward()
-    results.append([pooled.detach(), *(parameter.grad for parameter in network.parameters())])
-torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
-"""
-    subprocess.run([sys.executable, "-c", script], check=True)
+def test_every_point_gets_part_logits_from_the_levels() -> None:
+    network = small()
+    head = part_segmentation_head(network, num_categories=3, num_parts=7)
+    logits = head(network(cloud()), torch.tensor([0, 2]))
+    assert logits.shape == (2, 48, 7)
+    logits.square().sum().backward()
+    for name, parameter in [*network.stem.named_parameters(), *network.blocks.named_parameters()]:
+        assert parameter.grad is not None and parameter.grad.any(), name

@@ -49,6 +49,29 @@ STUDENTS: dict[str, dict[str, Any]] = {
         "stages": ({"num_points": 24, "channels": 16}, {"num_points": 10, "channels": 24}),
         "num_neighbours": 8,
     },
+    "curvenet": {
+        "kind": "curvenet",
+        "stem_channels": 8,
+        "num_neighbours": 8,
+        "blocks": (
+            # Balls without neighbours, for the same reason
+            {"num_points": 48, "radius": 1e-3, "channels": 16, "bottleneck": 2, "num_curves": 6},
+            {"num_points": 16, "radius": 1e-3, "channels": 24, "bottleneck": 2},
+        ),
+        "curve_length": 3,
+        "embedding_channels": 32,
+    },
+    "masked_transformer": {
+        "kind": "masked_transformer",
+        "num_groups": (24, 16, 12),
+        "group_sizes": (8, 4, 4),
+        "widths": (8, 16, 24),
+        "embedding_widths": (8, 16),
+        "depths": (1, 1, 1),
+        "num_heads": 2,
+        "drop_path": 0.0,
+        "stage_norms": "last",  # the others are not read by embeddings
+    },
 }
 every_student = pytest.mark.parametrize("name", STUDENTS)
 
@@ -198,13 +221,16 @@ for encode in (network, torch.compile(network, fullgraph=True)):
     encoding = encode(points)
     (encoding.pooled.square().sum() + encoding.per_point.sin().sum()).backward()
     results.append([encoding.pooled.detach(), encoding.per_point.detach(), *(each.grad for each in network.parameters())])
-for eager, compiled in zip(*results, strict=True):
-    assert torch.linalg.vector_norm(eager - compiled) <= 1e-2 * torch.linalg.vector_norm(eager) + 1e-4
+norms = [torch.linalg.vector_norm(eager) for eager in results[0]]
+rounding = 1e-5 * max(norms)  # the gradient of a bias before a norm is nothing else
+for eager, compiled, norm in zip(*results, norms, strict=True):
+    assert torch.linalg.vector_norm(eager - compiled) <= 1e-2 * norm + rounding + 1e-4
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pointnet2, one scale", "dgcnn"])
+@pytest.mark.timeout(900)  # half a minute on a machine that does nothing else
+@pytest.mark.parametrize("name", ["pointnet2, one scale", "dgcnn", "curvenet", "masked_transformer"])
 def test_compiled_it_does_the_same_in_one_graph(name: str) -> None:
     """In a process of its own: the compiler does not look into the checks that tests put around every function."""
     subprocess.run([sys.executable, "-c", COMPILED, json.dumps(STUDENTS[name])], check=True)
