@@ -73,9 +73,8 @@ class Fetcher:
         trouble = _Trouble(self._config.retry_seconds)
         while True:
             try:
-                content = memoryview(
-                    self._ranges.read(name, start, end) if self.is_local else self._parts(name, start, end)
-                )
+                read = self._read if self.is_local else self._parts
+                content = memoryview(read(name, start, end))
                 problem = _length_problem(content, start, end) or problem_of(content)
                 if problem is None:
                     return content
@@ -93,6 +92,12 @@ class Fetcher:
         self._ranges.close()
         if self._requests is not None:
             self._requests.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, name: str, start: int, end: int) -> bytes | bytearray:
+        content = self._ranges.read(name, start, end)
+        with self._counting:
+            self.bytes_fetched += len(content)
+        return content
 
     def _parts(self, name: str, start: int, end: int) -> bytes | bytearray:
         """One range, by as many requests as it takes."""

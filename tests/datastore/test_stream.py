@@ -368,13 +368,13 @@ def test_stopping_between_steps_and_going_on_misses_nothing(url: str) -> None:
 
 def test_waiting_for_data_is_counted(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with stream_of(url) as stream:
-        whole = stream.store.folder.read_range
+        whole = ShardReader.read
 
-        def slow(name: str, start: int, end: int) -> bytes:
+        def slow(reader: ShardReader, rows: np.ndarray) -> np.ndarray:
             time.sleep(0.1)
-            return whole(name, start, end)
+            return whole(reader, rows)
 
-        monkeypatch.setattr(stream.store.folder, "read_range", slow)
+        monkeypatch.setattr(ShardReader, "read", slow)
         next(stream.steps(1))
         assert stream.data_wait_seconds >= 0.1
         waited = stream.data_wait_seconds
