@@ -54,7 +54,9 @@ class RowMaker:
         except ShapeError as error:
             return Broken(str(error))
         except MemoryError:
-            return Broken("the shape does not fit into memory")
+            return Broken(
+                "needs more memory than --limit-gib-per-worker allows (mend: raise it, with --retry-quarantined)"
+            )
 
     def _row(self, reference: ShapeReference) -> Row:
         shape = self.source.load(reference)

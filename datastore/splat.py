@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64, UInt8, UInt16
+from jaxtyping import Bool, Float32, Float64, Int64, UInt8, UInt16
 
 from datastore.cameras import CameraRig, camera_frames
 from datastore.hidden_points import visibility_of_points
@@ -24,10 +24,10 @@ _SPACING_NEIGHBOUR: Final = 5
 """A disc reaches to this nearest neighbour: of points spread by chance, fewer than one place in a hundred stays open."""
 
 _LARGEST_DISC: Final = 2.5  # times the median radius: a stray point is no wall
-_MIDDLE: Final = 0.55  # of a disc's radius
+_MIDDLE: Final = 0.6  # of a disc's radius
 _SMALLEST_DISC: Final = 0.75  # fine pixels: smaller ones would fall between
 _SAME_SURFACE: Final = 0.5  # radii behind the nearest disc, within which discs are averaged
-_FRAGMENTS_AT_ONCE: Final = 500_000  # bounds memory, whatever the cloud
+_FRAGMENTS_AT_ONCE: Final = 100_000  # what stays in a core's cache; bounds memory, whatever the cloud
 
 
 def render_cloud(cloud: PointCloud, chosen: Int64[np.ndarray, " p"], rig: CameraRig) -> Rendering:
@@ -110,28 +110,49 @@ def _draw(discs: _Discs, rig: CameraRig) -> tuple[Float32[np.ndarray, "h w 3"], 
     """Colours and depth of one view at the fine size; the discs are in camera axes."""
     size = rig.image_size
     nearest = _nearest(discs, rig)
-    weights = np.zeros(size * size)
-    normals, colours = np.zeros((3, size * size)), np.zeros((3, size * size))
-    for of_disc, pixels, depth, weight, _ in _fragments(discs, rig):
-        front = np.flatnonzero(np.abs(depth - nearest[pixels]) <= _SAME_SURFACE * discs.radii[of_disc] + 1e-6)
-        of_disc, pixels, weight = of_disc[front], pixels[front], weight[front]
-        weights += np.bincount(pixels, weight, size * size)
-        # normals point to either side; before they can be averaged they must all face the camera
-        facing = discs.normals[of_disc]
-        facing *= np.where(np.einsum("nc,nc->n", facing, discs.centres[of_disc]) > 0, -weight, weight)[:, None]
-        for axis in range(3):
-            normals[axis] += np.bincount(pixels, facing[:, axis], size * size)
-            if discs.colours is not None:
-                colours[axis] += np.bincount(pixels, weight * discs.colours[of_disc, axis], size * size)
+    of_disc, pixels, weight = _in_front(discs, rig, nearest)
+    weights = np.bincount(pixels, weight, size * size)
+    # normals point to either side; before they can be averaged they must all face the camera
+    looking = discs.centres if rig.projection == "perspective" else np.array([[0, 0, 1]], dtype=np.float32)
+    away = (discs.normals * looking).sum(axis=1) > 0
+    facing = np.where(away[:, None], -discs.normals, discs.normals)
+    normals = _sums(facing, of_disc, pixels, weight, size * size)
 
     hit = np.flatnonzero(weights)
-    base = np.full((len(hit), 3), NEUTRAL_GREY) if discs.colours is None else (colours[:, hit] / weights[hit]).T
+    if discs.colours is None:
+        base = np.full((1, 3), NEUTRAL_GREY)
+    else:
+        base = (_sums(discs.colours, of_disc, pixels, weight, size * size)[:, hit] / weights[hit]).T
     across = ((np.stack([hit % size, hit // size]) - (size - 1) / 2) / rig.focal_length).astype(np.float32)
     if rig.projection == "orthographic":
         across[:] = 0
     image = np.full((size * size, 3), BACKGROUND, dtype=np.float32)
     image[hit] = base * shade(normals[:, hit].astype(np.float32), *across)[:, None]
     return image.reshape(size, size, 3), nearest.reshape(size, size)
+
+
+def _in_front(
+    discs: _Discs, rig: CameraRig, nearest: Float32[np.ndarray, " hw"]
+) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
+    """Discs and pixels that belong together: where the disc lies on the surface that is seen there; and the weight."""
+    found = []
+    for of_disc, pixels, depth, weight, _ in _fragments(discs, rig):
+        behind = np.abs(depth - nearest.take(pixels))
+        front = np.flatnonzero(behind <= _SAME_SURFACE * discs.radii.take(of_disc) + np.float32(1e-6))
+        found.append((of_disc.take(front), pixels.take(front), weight.take(front)))
+    of_disc, pixels, weight = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return of_disc, pixels, weight
+
+
+def _sums(
+    values: Float32[np.ndarray, "m 3"],
+    of_disc: Int64[np.ndarray, " n"],
+    pixels: Int64[np.ndarray, " n"],
+    weight: Float32[np.ndarray, " n"],
+    num_pixels: int,
+) -> Float64[np.ndarray, "3 p"]:
+    """In each pixel, the discs' values times their weights."""
+    return np.stack([np.bincount(pixels, weight * column.take(of_disc), num_pixels) for column in values.T])
 
 
 def _nearest(discs: _Discs, rig: CameraRig) -> Float32[np.ndarray, " hw"]:
@@ -170,55 +191,70 @@ Fragments = tuple[
 
 def _fragments(discs: _Discs, rig: CameraRig) -> Iterator[Fragments]:
     """What each disc covers, some discs at a time."""
-    size, centre = rig.image_size, (rig.image_size - 1) / 2
+    size, centre = rig.image_size, np.float32((rig.image_size - 1) / 2)
+    focal_length, is_perspective = np.float32(rig.focal_length), rig.projection == "perspective"
+    parallel = np.zeros((1, 1), dtype=np.float32)
     x, y, z = discs.centres.T
-    shrinks_with = z if rig.projection == "perspective" else np.full_like(z, rig.distance)
-    scale = np.float32(rig.focal_length) / shrinks_with  # fine pixels per ball radius
+    scale = focal_length / (z if is_perspective else np.full_like(z, rig.distance))  # fine pixels per ball radius
     columns, rows = scale * x + centre, scale * y + centre
-    radii = np.maximum(discs.radii, _SMALLEST_DISC / scale)
-    reach = np.ceil(radii * scale * 1.1).astype(np.int64)  # discs before the middle look larger, by perspective
+    middle_columns, middle_rows = np.rint(columns).astype(np.int64), np.rint(rows).astype(np.int64)
+    radii = np.maximum(discs.radii, np.float32(_SMALLEST_DISC) / scale)
+    reach = np.ceil(radii * scale * 1.1).astype(np.int64)  # the near half of a disc looks larger, by perspective
     for reached in np.unique(reach):
         of_this_size = np.flatnonzero(reach == reached)
         steps = np.arange(-reached, reached + 1)
         down, right = (offsets.reshape(-1) for offsets in np.meshgrid(steps, steps, indexing="ij"))
         at_once = max(1, _FRAGMENTS_AT_ONCE // len(down))
         for start in range(0, len(of_this_size), at_once):
-            of_disc = of_this_size[start : start + at_once, None]
-            column = np.rint(columns[of_disc]).astype(np.int64) + right
-            row = np.rint(rows[of_disc]).astype(np.int64) + down
-            depth, squared = _where_rays_meet(discs, of_disc, column, row, rig)
-            inside = squared < radii[of_disc] ** 2
+            chosen = of_this_size[start : start + at_once]
+            column, row = middle_columns[chosen, None] + right, middle_rows[chosen, None] + down
+            across = (column - columns[chosen, None]).astype(np.float32)
+            along = (row - rows[chosen, None]).astype(np.float32)
+            step_x = (column - centre).astype(np.float32) / focal_length if is_perspective else parallel
+            step_y = (row - centre).astype(np.float32) / focal_length if is_perspective else parallel
+            ahead, squared = _where_rays_meet(
+                discs.normals[chosen],
+                radii[chosen],
+                across / scale[chosen, None],
+                along / scale[chosen, None],
+                step_x,
+                step_y,
+            )
+            squared /= np.square(radii[chosen, None])
             # a disc seen edge-on is a dot at least: it would otherwise vanish between the rays
-            dot = np.hypot(column - columns[of_disc], row - rows[of_disc]) < _SMALLEST_DISC
-            inside |= dot
+            dot = across * across + along * along < _SMALLEST_DISC**2
+            inside = (squared < 1) | dot
             inside &= (column >= 0) & (column < size) & (row >= 0) & (row < size)
-            share = squared[inside] / np.broadcast_to(radii[of_disc] ** 2, inside.shape)[inside]
-            weight = np.square(np.maximum(1 - share, 0))
-            disc = np.broadcast_to(of_disc, inside.shape)[inside]
-            is_middle = dot[inside] | (share < _MIDDLE**2)
-            yield disc, (row * size + column)[inside], depth[inside], weight + np.float32(1e-4), is_middle
+            found = np.flatnonzero(inside)
+            share = squared.take(found)
+            disc = chosen.take(found // len(down))
+            yield (
+                disc,
+                (row * size + column).take(found),
+                z.take(disc) + ahead.take(found),
+                np.square(np.maximum(1 - share, 0)) + np.float32(1e-4),
+                dot.take(found) | (share < _MIDDLE**2),
+            )
 
 
 def _where_rays_meet(
-    discs: _Discs, of_disc: Int64[np.ndarray, "n 1"], column: np.ndarray, row: np.ndarray, rig: CameraRig
+    normals: Float32[np.ndarray, "n 3"],
+    radii: Float32[np.ndarray, " n"],
+    across: Float32[np.ndarray, "n k"],
+    along: Float32[np.ndarray, "n k"],
+    step_x: Float32[np.ndarray, "#n #k"],
+    step_y: Float32[np.ndarray, "#n #k"],
 ) -> tuple[Float32[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]:
-    """Depth at which a pixel's ray crosses a disc's plane, and the squared distance from the disc's centre there."""
-    x, y, z = (discs.centres[of_disc, axis] for axis in range(3))
-    along = np.stack([column, row]).astype(np.float32) - np.float32((rig.image_size - 1) / 2)
-    along /= np.float32(rig.focal_length)
-    if rig.projection == "orthographic":
-        u, v = rig.distance * along - np.stack([x, y])
-        du, dv = np.float32(0), np.float32(0)
-    else:
-        u, v = along * z - np.stack([x, y])  # at the centre's depth, the ray is so far across from it
-        du, dv = along
-    nx, ny, nz = (discs.normals[of_disc, axis] for axis in range(3))
-    slope = nx * du + ny * dv + nz
-    slope = np.where(np.abs(slope) < _LEAST_SLOPE, np.where(slope < 0, -_LEAST_SLOPE, _LEAST_SLOPE), slope)
-    ahead = -(nx * u + ny * v) / slope
-    ahead = np.clip(ahead, -discs.radii[of_disc], discs.radii[of_disc])
-    squared = np.square(u + ahead * du) + np.square(v + ahead * dv) + np.square(ahead)
-    return (z + ahead).astype(np.float32), squared.astype(np.float32)
+    """How far behind each disc's centre rays cross its plane, and the squared distance from the centre there.
+
+    At the depth of the centre a ray lies (across, along) from it, and moves on by (step_x, step_y) for each step ahead.
+    """
+    nx, ny, nz = (normals[:, axis, None] for axis in range(3))
+    slope = nx * step_x + ny * step_y + nz
+    slope = np.where(np.abs(slope) < _LEAST_SLOPE, _LEAST_SLOPE, slope)  # of a disc seen edge-on
+    ahead = np.clip(-(nx * across + ny * along) / slope, -radii[:, None], radii[:, None])
+    squared = np.square(across + ahead * step_x) + np.square(along + ahead * step_y) + np.square(ahead)
+    return ahead, squared
 
 
 _LEAST_SLOPE: Final = np.float32(1e-3)

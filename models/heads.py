@@ -89,6 +89,11 @@ class PartHead(nn.Module):
 
     def forward(self, encoding: Encoding, category: Int64[Tensor, " b"]) -> Float[Tensor, "b n q"]:
         """Logits of all parts of all categories. Features are the encoding's first level, or its embeddings."""
+        if encoding.indices is not None and not encoding.levels:
+            raise ValueError(
+                "The encoding holds only the points that survived, so there is nothing to give every point a part from: "
+                "the encoder must fill `Encoding.levels` and declare `level_dims`, as PointNet++ does."
+            )
         local = encoding.levels[0].features if encoding.levels else encoding.per_point
         of_category = F.one_hot(category, self.num_categories).to(encoding.pooled.dtype)
         if self.category is not None:

@@ -3,6 +3,7 @@
 It checks signatures and credentials. What a test's own processes need to reach it stands in the environment.
 """
 
+import asyncio
 import os
 import socket
 import subprocess
@@ -66,9 +67,9 @@ def s3_environment(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "NO_PROXY": "127.0.0.1",
     }.items():
         monkeypatch.setenv(name, value)
-    S3FileSystem.clear_instance_cache()
+    forget_clients()
     yield
-    S3FileSystem.clear_instance_cache()
+    forget_clients()
 
 
 @pytest.fixture
@@ -82,6 +83,19 @@ def new_bucket() -> str:
     name = f"test-{uuid.uuid4().hex}"
     fsspec.filesystem("s3").mkdir(name)
     return f"s3://{name}"
+
+
+def forget_clients() -> None:
+    """Closes every connection of this process to S3; who asks next reads the environment anew."""
+    from zarr.core.sync import _get_loop  # here, so that sessions without S3 do not wait for zarr
+
+    for filesystem in list(S3FileSystem._cache.values()):
+        client = getattr(filesystem, "_s3creator", None)  # none before its first request
+        if client is not None:
+            # s3fs' own closing gives up after a tenth of a second, and knows nothing of the loop that zarr uses
+            loop = _get_loop() if filesystem.asynchronous else filesystem.loop
+            asyncio.run_coroutine_threadsafe(client.__aexit__(None, None, None), loop).result(30)
+    S3FileSystem.clear_instance_cache()
 
 
 def _start(folder: Path, port: int) -> "subprocess.Popen[bytes]":

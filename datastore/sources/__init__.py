@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final, Literal, Protocol, Self, get_args
 
+from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]
+
 from datastore.errors import AskedWrongly, SourceError
 from datastore.shape import Shape
 from datastore.sources.files import SourceFiles
@@ -129,32 +131,40 @@ class ShapeError(SourceError):
 
 def open_source(url: str, format_name: str | None = None, options: ReadingOptions | None = None) -> Source:
     """The source at a URL, in the format named, or in the first that recognises it."""
-    formats = _formats()
     options = options or ReadingOptions()
     files = SourceFiles(url)
+    try:
+        source = _chosen_format(files, format_name).open(files, options)
+    except SourceError as error:
+        # messages of a listing do not know where it came from
+        raise error if url in str(error) else SourceError(f"{url}: {error}.") from error
+    except PermissionError as error:
+        raise SourceError(
+            f"{url}: access is refused ({error}). Check the permissions, or the credentials in the environment."
+        ) from error
+    except BotoCoreError as error:
+        raise SourceError(
+            f"{url} cannot be reached: {error}. Check the network, the credentials in the environment and "
+            f"AWS_ENDPOINT_URL; a public bucket is read with FSSPEC_S3_ANON=true."
+        ) from error
+    if options.up_axis is not None:
+        source.listing = replace(source.listing, up_axis=options.up_axis)
+    return source
+
+
+def _chosen_format(files: SourceFiles, format_name: str | None) -> type[Source]:
+    formats = _formats()
     if format_name is not None:
         by_name = {source.FORMAT: source for source in formats}
         if format_name not in by_name:
             raise AskedWrongly(f"There is no format {format_name!r}. Known formats:\n{_table(formats)}")
-        chosen = by_name[format_name]
-    else:
-        recognised = (source for source in formats if source.recognises(files))
-        found = next(recognised, None)
-        if found is None:
-            raise SourceError(
-                f"{url}: {files.describe()} Known formats:\n{_table(formats)}\n--format F skips this guess."
-            )
-        chosen = found
-    try:
-        source = chosen.open(files, options)
-    except ShapeError:
-        raise
-    except SourceError as error:
-        # messages of a listing do not know where it came from
-        raise error if url in str(error) else SourceError(f"{url}: {error}.") from error
-    if options.up_axis is not None:
-        source.listing = replace(source.listing, up_axis=options.up_axis)
-    return source
+        return by_name[format_name]
+    found = next((source for source in formats if source.recognises(files)), None)
+    if found is None:
+        raise SourceError(
+            f"{files.url}: {files.describe()} Known formats:\n{_table(formats)}\n--format F skips this guess."
+        )
+    return found
 
 
 def require_count(what: str, found: int, promised: int, options: ReadingOptions) -> None:

@@ -1,5 +1,7 @@
 """How far two clouds are apart: chamfer distances, and the earth mover's distance under a matching of their points."""
 
+from typing import Final
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -8,7 +10,8 @@ from models.ops.checks import check_clouds, check_no_nan, check_same_clouds
 from models.ops.neighbours import gather, nearest_neighbours
 from models.ops.reference import squared_distances
 
-_AVOIDS_INFINITE_SLOPE = 1e-12  # added under the root of a squared distance
+_AVOIDS_INFINITE_SLOPE: Final = 1e-12  # added under the root of a squared distance
+_BIDS_AT_A_TIME: Final = 1 << 20  # sums of cost and price in memory
 
 
 def chamfer_distance(
@@ -22,6 +25,7 @@ def chamfer_distance(
     check_clouds("b", b)
     check_same_clouds("a", a, "b", b)
     check_no_nan(a=a, b=b)
+    a, b = _in_full_precision(a), _in_full_precision(b)
     distances = []
     for source, other in ((a, b), (b, a)):
         partners = gather(other, nearest_neighbours(source, other, 1).indices.squeeze(-1))
@@ -46,8 +50,8 @@ def matched_distance(
     predicted: Float[Tensor, "b n 3"], target: Float[Tensor, "b n 3"], matching: Int64[Tensor, "b n"]
 ) -> Float[Tensor, " b"]:
     """Each cloud's mean distance from predicted point i to target point matching[i], with gradients for the prediction."""
-    partners = gather(target.detach(), matching)
-    squared = (predicted.float() - partners.float()).square().sum(dim=-1)
+    partners = gather(_in_full_precision(target.detach()), matching)
+    squared = (_in_full_precision(predicted) - partners).square().sum(dim=-1)
     return (squared + _AVOIDS_INFINITE_SLOPE).sqrt().mean(dim=-1)
 
 
@@ -90,34 +94,32 @@ def _match_by_auction(predicted: Tensor, target: Tensor, epsilon: float, max_rou
     """All rows of all clouds without a partner bid at once, each round; names of rows and columns count through clouds."""
     check_no_nan(predicted=predicted, target=target)
     num_clouds, num_points, _ = predicted.shape
-    total = num_clouds * num_points
-    costs = squared_distances(predicted, target).sqrt_().flatten(0, 1)
+    nobody = num_clouds * num_points
+    costs = predicted.new_empty(nobody, num_points)
+    for cloud, its_costs in enumerate(
+        costs.split(num_points)
+    ):  # one by one: what a cloud needs on the way stays in cache
+        torch.sqrt(squared_distances(predicted[cloud : cloud + 1], target[cloud : cloud + 1])[0], out=its_costs)
     prices = costs.new_zeros(num_clouds, num_points)
-    column_of = torch.full((total,), -1, device=costs.device)
-    row_of = torch.full((total,), total, device=costs.device)
+    column_of, row_of, winner_of = (torch.full((nobody,), nobody, device=costs.device) for _ in range(3))
+    rows = torch.arange(nobody, device=costs.device)  # those without a partner
     for _ in range(max_rounds):
-        rows = (column_of < 0).nonzero().squeeze(1)
         if len(rows) == 0:
             break
-        clouds = rows // num_points
-        best, columns, second = _two_smallest(costs[rows] + prices[clouds])
-        columns = columns + clouds * num_points
-        bids = prices.view(-1)[columns] + (second - best) + epsilon
-        # each column goes to its highest bid; of equal bids the lowest row wins
-        highest = torch.full_like(prices, -torch.inf).view(-1).scatter_reduce_(0, columns, bids, "amax")
-        is_highest = bids == highest[columns]
-        rows, columns = rows[is_highest], columns[is_highest]
-        winners = torch.full_like(row_of, total).scatter_reduce_(0, columns, rows, "amin")
-        sold = winners < total
-        evicted = row_of[sold & (row_of < total)]
-        column_of[evicted] = -1
-        sold_columns = sold.nonzero().squeeze(1)
-        row_of[sold_columns] = winners[sold_columns]
-        column_of[winners[sold_columns]] = sold_columns
-        prices.view(-1)[sold_columns] = highest[sold_columns]
-    rows = (column_of < 0).nonzero().squeeze(1)
-    clouds = rows // num_points
-    column_of[rows] = (costs[rows] + prices[clouds]).argmin(dim=1) + clouds * num_points
+        columns, least, next_least = _offers(costs, prices, rows)
+        bids = prices.view(-1)[columns] + (next_least - least) + epsilon
+        # A column goes to its highest bid, which is its new price; of equal bids to that of the lowest row
+        prices.view(-1).scatter_reduce_(0, columns, bids, "amax")
+        is_highest = bids == prices.view(-1)[columns]
+        winner_of[columns] = nobody
+        winner_of.scatter_reduce_(0, columns[is_highest], rows[is_highest], "amin")
+        won = winner_of[columns] == rows
+        evicted = row_of[columns[won]]
+        row_of[columns[won]] = rows[won]
+        column_of[rows[won]] = columns[won]
+        rows = torch.cat([rows[~won], evicted[evicted < nobody]])
+    if len(rows):
+        column_of[rows] = _offers(costs, prices, rows)[0]
     return column_of.view(num_clouds, num_points) % num_points
 
 
@@ -126,11 +128,20 @@ def _(predicted: Tensor, target: Tensor, epsilon: float, max_rounds: int) -> Ten
     return predicted.new_empty(predicted.shape[:2], dtype=torch.int64)
 
 
-def _two_smallest(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row its least entry, where that is, and the next; the least again where a row has one entry."""
-    if values.shape[1] == 1:
-        return values[:, 0], torch.zeros(len(values), dtype=torch.int64, device=values.device), values[:, 0]
-    columns = values.argmin(dim=1, keepdim=True)
-    best = values.gather(1, columns)
-    second = values.scatter(1, columns, torch.inf).amin(dim=1)
-    return best.squeeze(1), columns.squeeze(1), second
+def _in_full_precision(points: Tensor) -> Tensor:
+    """Float32 where they were less."""
+    return points.to(torch.promote_types(points.dtype, torch.float32))
+
+
+def _offers(costs: Tensor, prices: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row the column of least cost plus price, that sum, and the next; the least again where there is one column."""
+    num_points = prices.shape[1]
+    found = []
+    for part in rows.split(max(1, _BIDS_AT_A_TIME // num_points)):
+        clouds = part // num_points
+        totals = costs[part] + prices[clouds]
+        least, columns = totals.min(dim=1, keepdim=True)
+        next_least = totals.scatter_(1, columns, torch.inf).amin(dim=1) if num_points > 1 else least.squeeze(1)
+        found.append((columns.squeeze(1) + clouds * num_points, least.squeeze(1), next_least))
+    columns, least, next_least = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return columns, least, next_least

@@ -20,13 +20,14 @@ import trimesh
 
 from datastore import ingest as stage
 from datastore.cameras import rig_by_name
+from datastore.consistency import find_contradictions
 from datastore.errors import AskedWrongly, SourceError, Stopped, StoreError
 from datastore.ingest import IngestSummary, ingest, parse_part
 from datastore.layout import open_store
 from datastore.mesh import Mesh
 from datastore.schema import QUARANTINED
 from datastore.shape import Shape
-from datastore.sources import Listing, ReadingOptions, ShapeReference, open_source
+from datastore.sources import Listing, ReadingOptions, ShapeError, ShapeReference, open_source
 from datastore.sources.files import SourceFiles
 from datastore.write import verify
 
@@ -158,7 +159,7 @@ def test_broken_shapes_are_left_out_and_listed(partly_broken: Path, tmp_path: Pa
     summary = ingest(open_source(str(partly_broken)), str(tmp_path / "s"), **OPTIONS, num_workers=1)
     reasons = {entry.id: entry.reason for entry in summary.quarantine}
     assert set(reasons) == {"box/train/b", "box/train/d", "box/train/f"}
-    assert "cannot be read" in reasons["box/train/b"]
+    assert reasons["box/train/b"] == "off: the file is empty"
     assert reasons["box/train/d"] == "some coordinates are not finite"
     assert reasons["box/train/f"] == "the mesh has no area"
     store = open_store(str(tmp_path / "s"))
@@ -183,7 +184,7 @@ def test_a_source_without_one_good_shape_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "meshes").mkdir()
     for name in "ab":
         (tmp_path / f"meshes/{name}.off").write_text("")
-    with pytest.raises(SourceError, match=r"(?s)not one of its 2 shapes could be used:\n  2  cannot be read as .off"):
+    with pytest.raises(SourceError, match=r"(?s)not one of its 2 shapes could be used:\n  2  off: the file is empty"):
         ingest(open_source(str(tmp_path / "meshes")), str(tmp_path / "s"), **OPTIONS, num_workers=1)
 
 
@@ -295,3 +296,83 @@ def test_the_summary_says_what_is_missing() -> None:
 
 def test_fields_that_the_source_has_are_kept(undisturbed: Path) -> None:
     assert {"colours", "part_labels"} <= set(open_store(str(undisturbed)).fields)
+
+
+@dataclass
+class Moody:
+    """A source with one shape of eighteen that can be read only when a file is there."""
+
+    FORMAT: ClassVar[str] = "moody"
+    LOOKS_LIKE: ClassVar[str] = ""
+    listing: Listing
+    mended: Path
+    url: str = "memory://moody"
+
+    @classmethod
+    def recognises(cls, files: SourceFiles) -> bool:
+        return False
+
+    @classmethod
+    def open(cls, files: SourceFiles, options: ReadingOptions) -> Self:
+        raise NotImplementedError
+
+    def load(self, shape: ShapeReference) -> Shape:
+        if shape.id == "17" and not self.mended.exists():
+            raise ShapeError("not today")
+        box = trimesh.creation.box()
+        return Shape(Mesh(np.asarray(box.vertices, np.float32), np.asarray(box.faces, np.int32)))
+
+
+def test_blocks_with_quarantined_shapes_are_done_again_when_asked(tmp_path: Path) -> None:
+    shapes = [ShapeReference(str(number), -1, "train", "") for number in range(18)]
+    source = Moody(Listing(shapes, (), ("train",)), tmp_path / "mended")
+    url = str(tmp_path / "store.zarr")
+    first = ingest(source, url, **OPTIONS, num_workers=1)
+    assert [(entry.id, entry.reason) for entry in first.quarantine] == [("17", "not today")]
+    (tmp_path / "mended").touch()
+    unasked = ingest(source, url, **OPTIONS, num_workers=1)
+    assert (unasked.written, len(unasked.quarantine)) == (0, 1)
+    asked = ingest(source, url, **OPTIONS, num_workers=1, retry_quarantined=True)
+    assert (asked.written, asked.resumed, asked.quarantine) == (2, 16, [])  # the second block, of two shapes
+    store = open_store(url)
+    assert len(store.rows()) == 18
+    assert verify(store) == []
+
+
+def test_fields_can_be_left_out(tmp_path: Path) -> None:
+    url = str(tmp_path / "store.zarr")
+    ingest(open_source("demo://shapes?count=2"), url, **OPTIONS, num_workers=1, without=["depth", "pixels"])
+    fields = set(open_store(url).fields)
+    assert not {"depth", "pixels"} & fields
+    assert {"points", "views", "visibility", "part_labels", "id"} <= fields
+    with pytest.raises(AskedWrongly, match=r"--without id, points: fields that can be left out are normals, colours"):
+        ingest(open_source("demo://shapes?count=2"), url, **OPTIONS, without=["points", "id"])
+
+
+def test_images_that_a_source_lacks_cannot_be_its_views(tmp_path: Path) -> None:
+    with pytest.raises(AskedWrongly, match=r"\(demo\) brings no images to take as views. Leave out --views"):
+        ingest(open_source("demo://shapes?count=2"), str(tmp_path / "s"), **OPTIONS, views="source")
+
+
+def test_clouds_become_rows_with_splats_and_estimated_visibility(tmp_path: Path) -> None:
+    folder = tmp_path / "clouds/ball/train"
+    folder.mkdir(parents=True)
+    for name in "ab":
+        np.savetxt(folder / f"{name}.xyz", trimesh.creation.icosphere(2).vertices * 3 + 1)
+    source = open_source(str(tmp_path / "clouds"), options=ReadingOptions(up_axis="+Z"))
+    assert stage.describe_listing(source) == "point_folder, 2 clouds in 1 classes (2 train)"
+    url = str(tmp_path / "store.zarr")
+    ingest(source, url, rig=RIG, num_points=162, num_workers=1)
+    store = open_store(url)
+    facts = store.attributes
+    assert (facts.views_from, facts.visibility_from, facts.geometry) == (
+        "point splats",
+        "hidden-point removal",
+        "points",
+    )
+    assert facts.source_up_axis == "+Z"
+    assert find_contradictions(store) == []
+    assert np.allclose(np.linalg.norm(store.read("points", [0])[0], axis=1), 1, atol=1e-3)
+    assert "normals" not in store.fields
+    # each camera sees the half of a ball that faces it, less what lies beyond the tangents from where it stands
+    assert 0.3 < store.read("visibility", [0]).mean() < 0.45

@@ -21,6 +21,7 @@ from s3fs.errors import translate_boto_error
 
 from datastore.errors import AskedWrongly, StoreError, ViewpointError
 from datastore.objects import DRAFTS_FOLDER, ObjectFolder, _http_status
+from tests.s3_server import forget_clients
 
 
 @pytest.fixture(params=["local", "file", "memory", pytest.param("s3", marks=pytest.mark.s3)])
@@ -209,7 +210,7 @@ def test_a_key_that_the_server_does_not_know_is_refused_by_name(
 ) -> None:
     ObjectFolder(s3_bucket).put("there", b"x")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-    S3FileSystem.clear_instance_cache()
+    forget_clients()
     folder = ObjectFolder(s3_bucket)
     operations: list[Callable[[], object]] = [
         lambda: folder.read("there"),
@@ -234,7 +235,7 @@ def test_without_any_credentials_it_is_said_which_are_looked_for(
 ) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    S3FileSystem.clear_instance_cache()
+    forget_clients()
     with pytest.raises(StoreError, match="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"):
         ObjectFolder(s3_bucket).put("a", b"x")
 

@@ -1,5 +1,6 @@
 """The code in docs/ runs as it stands."""
 
+import argparse
 import os
 import re
 import subprocess
@@ -8,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from datastore.cameras import rig_by_name
-from datastore.ingest import ingest
+from datastore.cameras import RIG_NAMES, rig_by_name
+from datastore.ingest import add_arguments, ingest
 from datastore.layout import open_store
 from datastore.schema import FIELDS
-from datastore.sources import open_source
+from datastore.sources import format_table, open_source
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -58,3 +59,19 @@ def test_the_package_reads_a_store_as_the_docs_show(folder_with_a_store: Path) -
 def test_the_table_of_fields_names_them_all() -> None:
     page = (DOCS / "store.md").read_text()
     assert [name for name in FIELDS if f"`{name}`" not in page and f"{name}`" not in page] == []
+
+
+def test_every_format_and_rig_stands_in_the_docs() -> None:
+    page = (DOCS / "ingest.md").read_text()
+    formats = [line.split()[0] for line in format_table().splitlines()]
+    assert len(formats) > 10
+    assert [name for name in formats if f"`{name}`" not in page] == []
+    assert [name for name in RIG_NAMES if f"`{name}`" not in page and f"--rig {name}`" not in page] == []
+
+
+def test_every_option_in_the_docs_is_one_of_ingests() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    known = {option for action in parser._actions for option in action.option_strings}
+    named = set(re.findall(r"--[a-z][a-z-]+", (DOCS / "ingest.md").read_text()))
+    assert named - known == {"--verify", "--contact-sheet"}  # of `viewpoint inspect`

@@ -159,3 +159,20 @@ def test_frozen_layers_pass_gradients_on() -> None:
     grouped_max(*inputs, padded_indices(2, 9, 7, 4), norms, linears, padded=True).sum().backward()
     assert all(each.grad is not None and each.grad.any() for each in inputs)
     assert all(parameter.grad is None for module in (norms, linears) for parameter in module.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padded", [False, True])
+def test_cuda_gives_the_same(padded: bool) -> None:
+    modules = layers(4, 5, 6)
+    on_cuda = tuple(copy.deepcopy(module).cuda() for module in modules)
+    inputs, indices = terms(4), padded_indices(2, 9, 7, 4)
+    moved = tuple(each.detach().cuda().requires_grad_() for each in inputs)
+    expected = grouped_max(*inputs, indices, *modules, padded=padded)
+    found = grouped_max(*moved, indices.cuda(), *on_cuda, padded=padded)
+    torch.testing.assert_close(found.cpu(), expected)
+    expected.square().sum().backward()
+    found.square().sum().backward()
+    for each, other in zip(inputs, moved, strict=True):
+        assert other.grad is not None
+        torch.testing.assert_close(other.grad.cpu(), each.grad)

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -130,3 +131,9 @@ def test_every_kind_of_encoder_gets_part_logits_for_every_point() -> None:
         logits.square().sum().backward()
         for name, parameter in [*encoder.named_parameters(), *head.named_parameters()]:
             assert parameter.grad is not None, (type(encoder).__name__, name)
+
+
+def test_survivors_alone_cannot_give_every_point_a_part() -> None:
+    survivors = Encoding(torch.randn(2, 4, 6), torch.randn(2, 8), indices=torch.arange(4).expand(2, 4))
+    with pytest.raises(ValueError, match="level_dims"):
+        PartHead(6, 8, 3, 5)(survivors, torch.tensor([0, 1]))

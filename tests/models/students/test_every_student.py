@@ -229,7 +229,7 @@ for eager, compiled, norm in zip(*results, norms, strict=True):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # half a minute on a machine that does nothing else
+@pytest.mark.timeout(900)  # a minute on a machine that does nothing else
 @pytest.mark.parametrize("name", ["pointnet2, one scale", "dgcnn", "curvenet", "masked_transformer"])
 def test_compiled_it_does_the_same_in_one_graph(name: str) -> None:
     """In a process of its own: the compiler does not look into the checks that tests put around every function."""
