@@ -23,7 +23,7 @@ from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
 import zarr
-from jaxtyping import Int64
+from jaxtyping import Int64, Integer, UInt8
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
@@ -129,6 +129,51 @@ class TeacherAttributes(BaseModel, extra="forbid", frozen=True):
         return self
 
 
+Runs = tuple[tuple[NonNegativeInt, PositiveInt], ...]
+"""Numbers that repeat: (value, how many times), one after the other."""
+
+
+def as_runs(values: Integer[np.ndarray, " n"]) -> Runs:
+    """The values as runs of equal ones."""
+    starts = np.flatnonzero(np.diff(values.astype(np.int64), prepend=-1))
+    return tuple(zip(values[starts].tolist(), np.diff(starts, append=len(values)).tolist(), strict=True))
+
+
+def from_runs(runs: Runs) -> UInt8[np.ndarray, " n"]:
+    """The values, each by itself."""
+    values, counts = np.array(runs, np.int64).reshape(-1, 2).T
+    return np.repeat(values.astype(np.uint8), counts)
+
+
+class Rows:
+    """Ascending row numbers, kept as ranges: a corpus of a thousand million rows in a few splits takes no memory."""
+
+    def __init__(self, ranges: Int64[np.ndarray, "k 2"]) -> None:
+        self._starts = ranges[:, 0]
+        self._reached = np.cumsum(ranges[:, 1] - ranges[:, 0])
+
+    @classmethod
+    def of(cls, rows: Int64[np.ndarray, " r"]) -> "Rows":
+        """These rows, which ascend."""
+        first = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+        last = np.append(first[1:], len(rows)) - 1
+        return cls(np.stack([rows[first], rows[last] + 1], axis=1) if len(rows) else np.empty((0, 2), np.int64))
+
+    def __len__(self) -> int:
+        return int(self._reached[-1]) if len(self._reached) else 0
+
+    def __getitem__(self, places: Int64[np.ndarray, " p"]) -> Int64[np.ndarray, " p"]:
+        """The rows at these places in the list."""
+        found = np.searchsorted(self._reached, places, side="right")
+        before = self._reached[found - 1] * (found > 0)
+        rows: Int64[np.ndarray, " p"] = self._starts[found] + places - before
+        return rows
+
+    def all(self) -> Int64[np.ndarray, " r"]:
+        """Every row, as one array."""
+        return self[np.arange(len(self), dtype=np.int64)]
+
+
 class ShardSums(BaseModel, extra="forbid", frozen=True):
     """Size and checksum of every shard object of one field; size 0 where a shard is not complete."""
 
@@ -142,6 +187,7 @@ class ScopeManifest(BaseModel, extra="forbid", frozen=True):
     block_ranges: tuple[tuple[int, int], ...] = ()  # first block, and the one after the last
     shards: dict[str, ShardSums] = {}  # by field
     quarantine: dict[str, tuple[int, ...]] = {}  # rows that hold no shape, by reason
+    splits: Runs = ()  # of ingest: the field `split` over the complete blocks
 
     @property
     def blocks(self) -> list[int]:
@@ -430,11 +476,26 @@ class Store:
 
     def rows(self, split: str | None = None) -> Int64[np.ndarray, " r"]:
         """Row numbers of the shapes that are complete and not in quarantine: of one split, or all."""
+        return self.row_ranges(split).all()
+
+    def row_ranges(self, split: str | None = None) -> Rows:
+        """The same as ranges, whose size does not grow with the corpus. The manifest knows them: nothing is read."""
         if split is not None and split not in self.splits:
             raise StoreError(f"{self.url} has no split {split!r}. It has {', '.join(self.splits)}.")
-        of_row = self._split_of_row
-        chosen = of_row != schema.QUARANTINED if split is None else of_row == self.splits.index(split)
-        return np.flatnonzero(chosen).astype(np.int64)
+        ingested, block_rows = self.manifest.scope(INGEST), self.attributes.block_rows
+        chosen: list[tuple[int, int]] = []
+        runs = iter(ingested.splits)
+        value, left = 0, 0
+        for first_block, end_block in ingested.block_ranges:
+            row, end = first_block * block_rows, min(end_block * block_rows, len(self))
+            while row < end:
+                if left == 0:
+                    value, left = next(runs)
+                taken = min(left, end - row)
+                if value != schema.QUARANTINED if split is None else value == self.splits.index(split):
+                    chosen.append((row, row + taken))
+                row, left = row + taken, left - taken
+        return Rows(np.array(chosen, np.int64).reshape(-1, 2))
 
     @cached_property
     def quarantine(self) -> list[QuarantinedRow]:
@@ -450,19 +511,6 @@ class Store:
     def is_complete(self, scope: str = INGEST) -> bool:
         """Whether every block of a scope is there."""
         return len(self.manifest.scope(scope).blocks) == self.num_blocks
-
-    @cached_property
-    def _split_of_row(self) -> np.ndarray:
-        complete = self._complete_rows(INGEST)
-        split = np.full(len(self), schema.QUARANTINED, dtype=np.uint8)
-        split[complete] = self.read("split", np.flatnonzero(complete))
-        return split
-
-    def _complete_rows(self, scope: str) -> np.ndarray:
-        complete = np.zeros(len(self), dtype=np.bool_)
-        for first, end in self.manifest.scope(scope).block_ranges:
-            complete[first * self.attributes.block_rows : end * self.attributes.block_rows] = True
-        return complete
 
     def _check_rows(self, stored: StoredField, rows: np.ndarray) -> None:
         if not len(rows):

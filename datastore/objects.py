@@ -217,10 +217,7 @@ class ObjectFolder:
         """Removes what killed writers left half written. Drafts of living writers stay: those hold a lock on them."""
         if not self.is_local:
             return
-        for path in self.local_path.joinpath(DRAFTS_FOLDER).glob("*"):
-            with suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+        remove_abandoned(self.local_path / DRAFTS_FOLDER)
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
@@ -231,9 +228,9 @@ class ObjectFolder:
         with self._explained_put(name, content):
             drafts.mkdir(parents=True, exist_ok=True)
             path.parent.mkdir(parents=True, exist_ok=True)
-            draft, descriptor = _locked_draft(drafts)
+            draft, descriptor = locked_draft(drafts)
             try:
-                _write_whole(descriptor, content)
+                write_whole(descriptor, content)
                 # the commit record must not reach the disk before the shards that it vouches for
                 os.fsync(descriptor)
                 if not only_if_absent:
@@ -297,7 +294,7 @@ class ObjectFolder:
             raise
 
 
-def _locked_draft(folder: Path) -> tuple[Path, int]:
+def locked_draft(folder: Path) -> tuple[Path, int]:
     """A new empty file, and its descriptor holding a lock that ends with this process, however it ends."""
     while True:
         path = folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
@@ -308,13 +305,22 @@ def _locked_draft(folder: Path) -> tuple[Path, int]:
         os.close(descriptor)
 
 
+def remove_abandoned(drafts: Path) -> None:
+    """Removes the drafts in a folder whose writers have ended: nobody holds the lock on them."""
+    for path in drafts.glob("*"):
+        with suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
 def _free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
 
 
-def _write_whole(descriptor: int, content: bytes) -> None:
+def write_whole(descriptor: int, content: bytes | memoryview) -> None:
+    """Writes all of it; the system may take less at a time."""
     view = memoryview(content)
     while view:
         view = view[os.write(descriptor, view) :]

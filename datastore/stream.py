@@ -28,7 +28,7 @@ from pydantic import BaseModel, PositiveFloat, PositiveInt
 from datastore.batch import Batch
 from datastore.errors import AskedWrongly, StoreError
 from datastore.fetch import Fetcher
-from datastore.layout import CorpusFacts, Store, open_store
+from datastore.layout import CorpusFacts, Rows, Store, open_store
 from datastore.order import Lanes, Order, Remainder, sample_seeds, say_worlds
 from datastore.schema import FIELDS
 from datastore.shards import ShardReader
@@ -291,7 +291,7 @@ def _plans_of_a_window(order: Order, shares: _Shares, lanes: Lanes) -> int:
 class _Samples:
     """Samples that a run reads: number i of the order is row `rows[i]` of the store."""
 
-    def __init__(self, rows: Int64[np.ndarray, " s"], readers: dict[str, ShardReader], order: Order) -> None:
+    def __init__(self, rows: Rows, readers: dict[str, ShardReader], order: Order) -> None:
         self.rows, self.readers, self.order = rows, readers, order
         self._units_of_window = lru_cache(maxsize=4096)(self._window_units)  # asked for with every micro-batch
 
@@ -312,8 +312,7 @@ class _Samples:
 
     def read(self, field: str, unit: int) -> np.ndarray:
         """One field of a unit."""
-        first, end = self.span(unit)
-        return self.readers[field].read(self.rows[first:end])
+        return self.readers[field].read(self.rows[np.arange(*self.span(unit), dtype=np.int64)])
 
     def units_of(self, epoch: int, windows: Iterable[int]) -> list[int]:
         """Units that hold the samples of some windows."""
@@ -420,23 +419,25 @@ class _UnitMemory:
         return self.resident_bytes + num_bytes <= self._limit_bytes
 
 
-def _chosen_rows(store: Store, config: StreamConfig) -> Int64[np.ndarray, " s"]:
-    """The rows that a run reads, ascending."""
-    rows = store.rows(config.split)
+def _chosen_rows(store: Store, config: StreamConfig) -> Rows:
+    """The rows that a run reads."""
+    chosen = store.row_ranges(config.split)
     if config.classes is not None:
         if unknown := sorted(set(config.classes) - set(store.class_names)):
             raise AskedWrongly(
                 f"{store.url} has no class {', '.join(unknown)} (data.classes). It has {', '.join(store.class_names)}."
             )
         labels = [store.class_names.index(name) for name in config.classes]
-        rows = rows[np.isin(store.read("label", rows), labels)]
-    rows = rows[:: config.every]
-    if not len(rows):
+        rows = chosen.all()
+        chosen = Rows.of(rows[np.isin(store.read("label", rows), labels)])
+    if config.every > 1:
+        chosen = Rows.of(chosen[np.arange(0, len(chosen), config.every, dtype=np.int64)])
+    if not len(chosen):
         raise StoreError(
             f"{store.url} has no complete shape in {_say_choice(config)}. Choose another with data.split "
             f"({', '.join(store.splits)}), or let `viewpoint ingest` finish."
         )
-    return rows
+    return chosen
 
 
 def _say_choice(config: StreamConfig) -> str:

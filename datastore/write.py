@@ -27,13 +27,16 @@ from datastore.layout import (
     INGEST,
     Manifest,
     QuarantinedRow,
+    Runs,
     ScopeManifest,
     ShardSums,
     Store,
     StoredField,
+    as_runs,
     commit_name,
     commit_numbers,
     commits_listed,
+    from_runs,
     manifest_name,
     newest_manifest,
     parse_document,
@@ -54,6 +57,7 @@ class CommitRecord(BaseModel, extra="forbid", frozen=True):
 
     shards: dict[str, tuple[tuple[NonNegativeInt, NonNegativeInt], ...]]  # by field: size and crc32c of each shard
     quarantine: dict[str, tuple[int, ...]] = {}  # rows that hold no shape, by reason
+    splits: Runs = ()  # of ingest: the field `split`, as (value, how many rows in a row)
 
 
 class BlockWriter:
@@ -133,6 +137,7 @@ class OpenBlock:
         record = CommitRecord(
             shards={name: tuple(sums) for name, sums in self._sums.items()},
             quarantine=_rows_by_reason((entry.row, entry.reason) for entry in quarantine),
+            splits=as_runs(np.concatenate(self._kept["split"])) if "split" in self._kept else (),
         )
         # a record of ours would vouch for shards that the other wrote, and theirs may have been withdrawn since
         if self._yielded or not self._folder.create(self._record_name, _as_document(record)):
@@ -413,7 +418,8 @@ def _gather(store: Store, scope: str, published: ScopeManifest) -> ScopeManifest
     quarantine = _rows_by_reason(
         (row, reason) for record in records.values() for reason, rows in record.quarantine.items() for row in rows
     )
-    return ScopeManifest(block_ranges=_as_ranges(sorted(records)), shards=shards, quarantine=quarantine)
+    splits = as_runs(np.concatenate([from_runs(record.splits) for record in records.values()]))
+    return ScopeManifest(block_ranges=_as_ranges(sorted(records)), shards=shards, quarantine=quarantine, splits=splits)
 
 
 def _records_known(
@@ -432,13 +438,19 @@ def _records_known(
         for row in rows:
             quarantine.setdefault(row // block_rows, []).append((row, reason))
     known: dict[int, CommitRecord] = {}
+    splits, next_row = from_runs(published.splits), 0
     for block in published.blocks:
+        here = slice(next_row, next_row := next_row + min(block_rows, len(store) - block * block_rows))
         shards = {}
         for stored in fields:
             first, end = (row // stored.shard_rows for row in (block * block_rows, (block + 1) * block_rows))
             sums = published.shards[stored.field.name]
             shards[stored.field.name] = tuple(zip(sums.sizes[first:end], sums.crc32c[first:end], strict=True))
-        record = CommitRecord(shards=shards, quarantine=_rows_by_reason(iter(quarantine.get(block, []))))
+        record = CommitRecord(
+            shards=shards,
+            quarantine=_rows_by_reason(iter(quarantine.get(block, []))),
+            splits=as_runs(splits[here]),
+        )
         if listed.get(block) == hashlib.md5(_as_document(record), usedforsecurity=False).hexdigest():
             known[block] = record
     return known

@@ -5,12 +5,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
 import zarr
+from hypothesis import given
+from hypothesis import strategies as st
 
 import datastore
 from datastore import schema
@@ -18,10 +21,13 @@ from datastore.errors import EXIT_DO_NOT_RETRY, MissingField, StoreError
 from datastore.layout import (
     CorpusFacts,
     QuarantinedRow,
+    Rows,
     Store,
+    as_runs,
     create_store,
     create_teacher,
     default_block_rows,
+    from_runs,
     open_store,
 )
 from datastore.write import BlockWriter, publish, verify
@@ -357,3 +363,35 @@ def test_a_teacher_with_the_same_weights_and_other_properties_is_refused(tmp_pat
 def test_importing_datastore_costs_no_zarr() -> None:
     code = "import sys, datastore; assert 'zarr' not in sys.modules; assert callable(datastore.open_store)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@given(st.lists(st.integers(0, 255).map(lambda number: number // 100)))
+def test_runs_and_values_lead_to_each_other(values: list[int]) -> None:
+    array = np.array(values, np.uint8)
+    runs = as_runs(array)
+    assert np.array_equal(from_runs(runs), array)
+    assert all(one[0] != another[0] for one, another in pairwise(runs))
+
+
+@given(st.sets(st.integers(0, 300)))
+def test_rows_kept_as_ranges_are_the_rows(chosen: set[int]) -> None:
+    rows = np.array(sorted(chosen), np.int64)
+    ranges = Rows.of(rows)
+    assert len(ranges) == len(rows)
+    assert np.array_equal(ranges.all(), rows)
+    places = np.arange(len(rows))[::-2]
+    assert np.array_equal(ranges[places], rows[places])
+
+
+def test_a_manifest_knows_the_splits_of_complete_blocks(tmp_path: Path) -> None:
+    attributes = small_attributes(num_rows=200, block_rows=16, splits=("train", "test"))
+    store = create_store(str(tmp_path), attributes, ("split", "id", "label"))
+    write_blocks(store, [1, 4, 5, 12], "ingest")
+    publish(store)
+    opened = open_store(tmp_path)
+    complete = np.concatenate([np.arange(*opened.block_range(block)) for block in (1, 4, 5, 12)])
+    split = opened.read("split", complete)
+    assert set(split.tolist()) >= {0, 1}
+    for number, name in enumerate(opened.splits):
+        assert np.array_equal(opened.rows(name), complete[split == number])
+    assert np.array_equal(opened.rows(), complete[split != schema.QUARANTINED])
