@@ -4,14 +4,15 @@ Local files are read where they are asked for. Of remote objects, `ranges.py` gi
 around them. Large ranges are cut into parts, and as many requests are under way as the server's latency makes worthwhile.
 Time-outs, refusals for lack of capacity and broken connections are tried again with growing pauses, within a budget of
 time; a request much slower than its like gets a second one beside it, and the first answer counts; bytes that do not
-match their checksum are fetched again. What cannot be had ends in one error that says what was tried.
+match their checksum are fetched again. What cannot be had ends in one error that says what was tried. What was right can
+be kept on this machine's disk (`disk_cache.py`), and is taken from there the next time.
 """
 
 import random
 import statistics
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -19,13 +20,14 @@ from typing import Final
 
 from pydantic import BaseModel, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from datastore.disk_cache import DiskCache
 from datastore.objects import ObjectFolder
-from datastore.ranges import Refused, open_ranges
+from datastore.ranges import Call, Refused, open_ranges
 
 Problem = Callable[[memoryview], str | None]
 """What is wrong with fetched bytes, in words; None where nothing is."""
 
-_MOST_DAMAGED: Final = 4  # attempts: a transfer may go wrong, but an object that is damaged stays so
+_SAME_DAMAGE: Final = 3  # reads: a transfer goes wrong in another way each time, a damaged object does not
 _LONGEST_PAUSE_SECONDS: Final = 5.0
 _NEAR_SECONDS: Final = 0.005  # to the first byte: a server on this machine or beside it
 _REMEMBERED: Final = 64
@@ -51,94 +53,171 @@ class FetchFailed(Exception):
 class Fetcher:
     """Fetches ranges. Threads share it; `close` ends what is under way."""
 
-    def __init__(self, folder: ObjectFolder, config: FetchConfig | None = None) -> None:
+    def __init__(self, folder: ObjectFolder, config: FetchConfig | None = None, cache: DiskCache | None = None) -> None:
         self.bytes_fetched = 0
         self.requests = 0
         self.retries = 0
         self.hedges = 0
+        self._url = folder.url
         self._config = config or FetchConfig()
         self._ranges = open_ranges(folder, self._config.timeout_seconds)
+        self._cache = None if self.is_local else cache
         self._counting = threading.Lock()
         self._closed = threading.Event()
         self._tempo = _Tempo(self._config)
-        self._requests: ThreadPoolExecutor | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._under_way: set[_Request] = set()
 
     @property
     def is_local(self) -> bool:
         """Whether objects are read from a disk."""
         return self._ranges.is_local
 
-    def fetch(self, name: str, start: int, end: int, problem_of: Problem) -> memoryview:
-        """The bytes of one object from `start` up to, not including, `end`, as soon as `problem_of` finds them right."""
-        trouble = _Trouble(self._config.retry_seconds)
-        while True:
-            try:
-                read = self._read if self.is_local else self._parts
-                content = memoryview(read(name, start, end))
-                problem = _length_problem(content, start, end) or problem_of(content)
-                if problem is None:
-                    return content
-                trouble.came_damaged(problem)
-            except Refused as error:
-                trouble.was_refused(error)
-            with self._counting:
-                self.retries += 1
-            if self._closed.wait(trouble.pause_seconds()):
-                raise FetchFailed("the stream was closed")
+    def fetch(self, name: str, start: int, end: int, problem_of: Problem, version: str = "") -> memoryview:
+        """The bytes of one object from `start` up to, not including, `end`, as soon as `problem_of` finds them right.
+
+        `version` tells the local cache the object from another one that had its name.
+        """
+        if self._cache is None:
+            return self._fetch(name, start, end, problem_of)
+        key = f"{self._url}/{name}?{version}#{start}-{end}"
+        found = self._cache.get(key)
+        if found is not None:
+            content = memoryview(found)
+            if (_length_problem(content, start, end) or problem_of(content)) is None:
+                return content
+            self._cache.drop(key)
+        content = self._fetch(name, start, end, problem_of)
+        self._cache.put(key, content)
+        return content
 
     def close(self) -> None:
         """Gives up what is under way; whoever waits for it gets a FetchFailed."""
-        self._closed.set()
+        with self._counting:
+            self._closed.set()
+        while under_way := self._requests_under_way():
+            for request in under_way:
+                request.call.end()
+            wait([request.answer for request in under_way], _CLOSED_POLL_SECONDS)
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
         self._ranges.close()
-        if self._requests is not None:
-            self._requests.shutdown(wait=True, cancel_futures=True)
+
+    def _fetch(self, name: str, start: int, end: int, problem_of: Problem) -> memoryview:
+        trouble = _Trouble(self._config.retry_seconds)
+        while True:
+            content = memoryview(self._read(name, start, end) if self.is_local else self._parts(name, start, end))
+            problem = _length_problem(content, start, end) or problem_of(content)
+            if problem is None:
+                return content
+            self._pause(trouble.came_damaged(problem))
 
     def _read(self, name: str, start: int, end: int) -> bytes | bytearray:
-        content = self._ranges.read(name, start, end)
-        with self._counting:
-            self.bytes_fetched += len(content)
-        return content
+        trouble = _Trouble(self._config.retry_seconds)
+        while True:
+            try:
+                content, _ = self._ranges.read(name, start, end, Call())
+            except Refused as error:
+                self._pause(trouble.was_refused(error))
+                continue
+            with self._counting:
+                self.bytes_fetched += len(content)
+            return content
 
     def _parts(self, name: str, start: int, end: int) -> bytes | bytearray:
         """One range, by as many requests as it takes."""
-        part_bytes = int(self._config.part_mib * 2**20)
-        bounds = [(at, min(at + part_bytes, end)) for at in range(start, end, part_bytes)]
-        asked = [(self._ask(name, *bound), bound) for bound in bounds]
-        parts = [self._await(answer, name, *bound) for answer, bound in asked]
+        part_bytes = max(1, int(self._config.part_mib * 2**20))
+        requests = [self._ask(name, at, min(at + part_bytes, end)) for at in range(start, end, part_bytes)]
+        try:
+            parts = [self._part(request) for request in requests]
+        except FetchFailed:
+            for request in requests:
+                request.call.end()
+            raise
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _ask(self, name: str, start: int, end: int) -> Future[bytes | bytearray]:
-        with self._counting:
-            if self._requests is None:
-                most = 2 * max(self._config.requests_near, self._config.requests_far)  # as many again for second ones
-                self._requests = ThreadPoolExecutor(most, thread_name_prefix="stream-requests")
-            self.requests += 1
-        return self._requests.submit(self._request, name, start, end)
+    def _part(self, request: "_Request") -> bytes | bytearray:
+        """The answer to a request that is under way, or to one of those that are sent after it."""
+        trouble = _Trouble(self._config.retry_seconds)
+        while True:
+            try:
+                return self._first_answer(request)
+            except Refused as error:
+                self._pause(trouble.was_refused(error))
+            request = self._ask(request.name, request.start, request.end)
 
-    def _request(self, name: str, start: int, end: int) -> bytes | bytearray:
+    def _first_answer(self, first: "_Request") -> bytes | bytearray:
+        """The answer to a request, or to a second one that is sent where the first takes too long."""
+        first.has_begun.wait()
+        requests = {first.answer: first}
+        done, waiting = wait(requests, max(0.0, first.began + self._tempo.patience_seconds - time.monotonic()))
+        if not done:
+            with self._counting:
+                self.hedges += 1
+            second = self._ask(first.name, first.start, first.end, in_place_of_another=True)
+            requests[second.answer] = second
+            waiting = set(requests)
+        while not (right := [answer for answer in done if answer.exception() is None]) and waiting:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+        for answer in waiting:
+            requests[answer].call.end()  # or a server that hangs would keep it
+        return (right or list(done))[0].result()
+
+    def _ask(self, name: str, start: int, end: int, *, in_place_of_another: bool = False) -> "_Request":
+        with self._counting:
+            if self._closed.is_set():
+                raise FetchFailed("the stream was closed")
+            if self._pool is None:
+                most = 2 * max(self._config.requests_near, self._config.requests_far)  # as many again for second ones
+                self._pool = ThreadPoolExecutor(most, thread_name_prefix="stream-requests")
+            self.requests += 1
+            request = _Request(name, start, end)
+            self._under_way.add(request)
+            request.answer = self._pool.submit(self._answer, request, in_place_of_another)
+        return request
+
+    def _answer(self, request: "_Request", in_place_of_another: bool) -> bytes | bytearray:
+        try:
+            if in_place_of_another:
+                return self._timed_read(request)
+            with self._tempo.turn(self._closed):
+                return self._timed_read(request)
+        finally:
+            with self._counting:
+                self._under_way.discard(request)
+
+    def _timed_read(self, request: "_Request") -> bytes | bytearray:
+        request.began = time.monotonic()
+        request.has_begun.set()
         if self._closed.is_set():
             raise FetchFailed("the stream was closed")
-        with self._tempo.turn(self._closed) as took:
-            began = time.monotonic()
-            content, first_byte_seconds = self._ranges.timed_read(name, start, end)
-            took(first_byte_seconds, time.monotonic() - began)
+        content, first_byte_seconds = self._ranges.read(request.name, request.start, request.end, request.call)
+        self._tempo.took(first_byte_seconds, time.monotonic() - request.began)
         with self._counting:
             self.bytes_fetched += len(content)
         return content
 
-    def _await(self, first: Future[bytes | bytearray], name: str, start: int, end: int) -> bytes | bytearray:
-        """The answer to a request, or to a second one that is sent where the first takes too long."""
-        answers = {first}
-        done, _ = wait(answers, self._tempo.patience_seconds)
-        if not done:
-            with self._counting:
-                self.hedges += 1
-            answers.add(self._ask(name, start, end))
-        while True:
-            done, answers = wait(answers, return_when=FIRST_COMPLETED)
-            right = next((answer for answer in done if answer.exception() is None), None)
-            if right is not None or not answers:
-                return (right or done.pop()).result()
+    def _requests_under_way(self) -> "list[_Request]":
+        with self._counting:
+            return list(self._under_way)
+
+    def _pause(self, seconds: float) -> None:
+        with self._counting:
+            self.retries += 1
+        if self._closed.wait(seconds):
+            raise FetchFailed("the stream was closed")
+
+
+class _Request:
+    """One request for a part of an object."""
+
+    answer: "Future[bytes | bytearray]"
+
+    def __init__(self, name: str, start: int, end: int) -> None:
+        self.name, self.start, self.end = name, start, end
+        self.call = Call()
+        self.began = 0.0
+        self.has_begun = threading.Event()  # it had to wait for its turn
 
 
 class _Tempo:
@@ -152,14 +231,14 @@ class _Tempo:
         self._durations: deque[float] = deque(maxlen=_REMEMBERED)
 
     @contextmanager
-    def turn(self, closed: threading.Event) -> Iterator[Callable[[float, float], None]]:
-        """Waits for a turn. What it gives takes the seconds to the first byte and to the last."""
+    def turn(self, closed: threading.Event) -> Iterator[None]:
+        """Waits for a turn, and has it within the block."""
         with self._changed:
             while self._under_way >= self._limit() and not closed.is_set():
                 self._changed.wait(_CLOSED_POLL_SECONDS)
             self._under_way += 1
         try:
-            yield self._took
+            yield
         finally:
             with self._changed:
                 self._under_way -= 1
@@ -172,7 +251,8 @@ class _Tempo:
             usual = statistics.median(self._durations) if self._durations else 0.0
         return max(self._config.hedge_least_seconds, self._config.hedge_factor * usual)
 
-    def _took(self, first_byte_seconds: float, seconds: float) -> None:
+    def took(self, first_byte_seconds: float, seconds: float) -> None:
+        """Remembers how long an answer took to its first byte and to its last."""
         with self._changed:
             self._first_bytes.append(first_byte_seconds)
             self._durations.append(seconds)
@@ -184,37 +264,38 @@ class _Tempo:
 
 
 class _Trouble:
-    """What went wrong with one range so far, and how long to pause before it is asked for again."""
+    """What went wrong with one range so far; says how long to pause before it is asked for again."""
 
     def __init__(self, retry_seconds: float) -> None:
         self._retry_seconds = retry_seconds
         self._attempts = 0
-        self._damaged = 0
+        self._problems: Counter[str] = Counter()
         self._began: float | None = None
 
-    def came_damaged(self, problem: str) -> None:
-        """FetchFailed where it came damaged too often."""
-        self._attempts += 1
-        self._damaged += 1
-        if self._damaged >= _MOST_DAMAGED:
-            raise FetchFailed(f"it is damaged: {problem}, in {self._damaged} reads")
+    def came_damaged(self, problem: str) -> float:
+        """The pause; FetchFailed where it comes with the same damage each time, or was tried for long enough."""
+        self._problems[problem] += 1
+        if self._problems[problem] == _SAME_DAMAGE:
+            raise FetchFailed(f"it is damaged: {problem}, in {_SAME_DAMAGE} reads")
+        return self._pause_within_budget(f"its bytes come damaged: {problem}", 0.0)
 
-    def was_refused(self, error: Refused) -> None:
-        """FetchFailed where asking again cannot help, or was tried for long enough."""
+    def was_refused(self, error: Refused) -> float:
+        """The pause; FetchFailed where asking again cannot help, or was tried for long enough."""
+        if not error.may_pass:
+            raise FetchFailed(str(error)) from error
+        return self._pause_within_budget(str(error), error.pause_seconds)
+
+    def _pause_within_budget(self, problem: str, asked_seconds: float) -> float:
         self._attempts += 1
         now = time.monotonic()
         self._began = now if self._began is None else self._began
-        if not error.may_pass:
-            raise FetchFailed(str(error)) from error
-        if now - self._began >= self._retry_seconds:
-            raise FetchFailed(
-                f"{error}; {self._attempts} attempts within {now - self._began:.0f} s went like this"
-            ) from error
-
-    def pause_seconds(self) -> float:
-        """Twice as long each time, and never the same for two processes that met the same trouble."""
+        left_seconds = self._began + self._retry_seconds - now
+        if left_seconds <= 0:
+            raise FetchFailed(f"{problem}; {self._attempts} attempts within {now - self._began:.0f} s went like this")
+        # twice as long each time, and never the same for two processes that met the same trouble
         longest = min(_LONGEST_PAUSE_SECONDS, 0.05 * 2**self._attempts)
-        return random.uniform(longest / 2, longest)
+        own_seconds = random.uniform(longest / 2, longest)
+        return min(left_seconds, asked_seconds + own_seconds)
 
 
 def _length_problem(content: memoryview, start: int, end: int) -> str | None:

@@ -5,12 +5,17 @@ any fsspec file system that can sign gives: straight from the socket into one bu
 same bytes through s3fs cost several times the CPU time. Everything else is read through fsspec.
 """
 
+import email.utils
 import http.client
 import os
+import socket
 import ssl
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from typing import Final, Protocol
 from urllib.parse import SplitResult, urlsplit
 
@@ -24,11 +29,46 @@ _EXPIRED_STATUS: Final = (400, 403)  # what servers say of a signature that has 
 
 
 class Refused(Exception):
-    """A range that did not come; `may_pass`: asking again later may help."""
+    """A range that did not come; `may_pass`: asking again may help, after the seconds that the server asked for."""
 
-    def __init__(self, message: str, *, may_pass: bool) -> None:
+    def __init__(self, message: str, *, may_pass: bool, pause_seconds: float = 0.0) -> None:
         super().__init__(message)
         self.may_pass = may_pass
+        self.pause_seconds = pause_seconds
+
+
+class Call:
+    """A read under way, which another thread may end."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._connection: _Connection | None = None
+        self._ended = False
+
+    def end(self) -> None:
+        """Wakes the reading thread with a Refused, now or, where it just begins to connect, at the next call of this."""
+        with self._lock:
+            self._ended = True
+            if self._connection is not None:
+                self._connection.wake()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nobody waits for the read any more."""
+        return self._ended
+
+    @contextmanager
+    def on(self, connection: "_Connection") -> Iterator[None]:
+        """The connection that the read waits for within the block."""
+        with self._lock:
+            if self._ended:
+                raise Refused("it was given up", may_pass=False)
+            self._connection = connection
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._connection = None
 
 
 class Ranges(Protocol):
@@ -36,16 +76,15 @@ class Ranges(Protocol):
 
     is_local: bool
 
-    def read(self, name: str, start: int, end: int) -> bytes | bytearray:
-        """The bytes from `start` up to, not including, `end`; fewer where the object is shorter. Refused."""
-        ...
+    def read(self, name: str, start: int, end: int, call: Call) -> tuple[bytes | bytearray, float]:
+        """The bytes from `start` up to, not including, `end`, and the seconds to the first of them. Refused.
 
-    def timed_read(self, name: str, start: int, end: int) -> tuple[bytes | bytearray, float]:
-        """The same, and the seconds to the first byte."""
+        Fewer where the object is shorter and the storage does not say so.
+        """
         ...
 
     def close(self) -> None:
-        """Ends what is under way."""
+        """Ends connections that are kept; no read is under way any more."""
         ...
 
 
@@ -55,7 +94,9 @@ def open_ranges(folder: ObjectFolder, timeout_seconds: float) -> Ranges:
         return _LocalRanges(folder)
     url = folder.signed_url("zarr.json", _SIGNED_SECONDS)
     if url is not None and not _goes_through_a_proxy(urlsplit(url)):
-        return _SignedRanges(folder, timeout_seconds)
+        is_encrypted = url.startswith("https:")
+        certificates = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE")) if is_encrypted else None
+        return _SignedRanges(folder, timeout_seconds, certificates)
     return _FolderRanges(folder)
 
 
@@ -67,7 +108,7 @@ class _LocalRanges:
     def __init__(self, folder: ObjectFolder) -> None:
         self._folder = folder.local_path
 
-    def read(self, name: str, start: int, end: int) -> bytes:
+    def read(self, name: str, start: int, end: int, call: Call) -> tuple[bytes, float]:
         try:
             descriptor = os.open(self._folder / name, os.O_RDONLY)
         except FileNotFoundError:
@@ -75,14 +116,11 @@ class _LocalRanges:
         except OSError as error:
             raise Refused(f"it cannot be opened: {error}", may_pass=False) from error
         try:
-            return os.pread(descriptor, end - start, start)
+            return os.pread(descriptor, end - start, start), 0.0
         except OSError as error:
             raise Refused(f"it cannot be read: {error}", may_pass=True) from error
         finally:
             os.close(descriptor)
-
-    def timed_read(self, name: str, start: int, end: int) -> tuple[bytes, float]:
-        return self.read(name, start, end), 0.0
 
     def close(self) -> None:
         return
@@ -96,20 +134,16 @@ class _FolderRanges:
     def __init__(self, folder: ObjectFolder) -> None:
         self._folder = folder
 
-    def read(self, name: str, start: int, end: int) -> bytes:
+    def read(self, name: str, start: int, end: int, call: Call) -> tuple[bytes, float]:
+        began = time.monotonic()
         try:
-            return self._folder.read_range(name, start, end)
+            return self._folder.read_range(name, start, end), time.monotonic() - began
         except FileNotFoundError:
             raise Refused("it is missing", may_pass=False) from None
         except ViewpointError as error:
             raise Refused(str(error), may_pass=False) from error
         except (OSError, TimeoutError) as error:
             raise Refused(f"{type(error).__name__}: {error}", may_pass=True) from error
-
-    def timed_read(self, name: str, start: int, end: int) -> tuple[bytes, float]:
-        began = time.monotonic()
-        content = self.read(name, start, end)
-        return content, time.monotonic() - began
 
     def close(self) -> None:
         return
@@ -120,56 +154,44 @@ class _SignedRanges:
 
     is_local = False
 
-    def __init__(self, folder: ObjectFolder, timeout_seconds: float) -> None:
+    def __init__(self, folder: ObjectFolder, timeout_seconds: float, certificates: ssl.SSLContext | None) -> None:
         self._folder = folder
+        self._certificates = certificates
         self._timeout_seconds = timeout_seconds
         self._signed: dict[str, tuple[SplitResult, float]] = {}
         self._own = threading.local()
-        self._connections: set[http.client.HTTPConnection] = set()
+        self._connections: list[_Connection] = []
         self._lock = threading.Lock()
-        self._closed = False
 
-    def read(self, name: str, start: int, end: int) -> bytes | bytearray:
-        return self.timed_read(name, start, end)[0]
-
-    def timed_read(self, name: str, start: int, end: int) -> tuple[bytes | bytearray, float]:
+    def read(self, name: str, start: int, end: int, call: Call) -> tuple[bytes | bytearray, float]:
         url = self._url(name)
         began = time.monotonic()
         connection = self._connection(url)
         try:
-            target = f"{url.path}?{url.query}" if url.query else url.path
-            connection.request("GET", target, headers={"Range": f"bytes={start}-{end - 1}"})
-            with connection.getresponse() as response:
+            with call.on(connection):
+                response = _response(connection, url, start, end, call)
                 first_byte_seconds = time.monotonic() - began
                 self._refuse_status(response, name)
-                if response.status == http.client.OK and start:
-                    raise Refused("the server ignores ranges", may_pass=False)
+                _refuse_another_range(response, start, end)
                 content = bytearray(end - start)
                 view, filled = memoryview(content), 0
                 while filled < len(content) and (count := response.readinto(view[filled:])):
                     filled += count
+                if filled < len(content):
+                    raise Refused(f"the answer broke off after {filled:,} of {end - start:,} bytes", may_pass=True)
                 if response.status == http.client.OK:
-                    self._forget(connection)  # more bytes follow than were asked for
+                    connection.close()  # more bytes follow than were asked for
         except (OSError, http.client.HTTPException) as error:
-            self._forget(connection)
+            connection.close()
             raise Refused(f"{type(error).__name__}: {error}", may_pass=True) from error
         except Refused:
-            self._forget(connection)
+            connection.close()
             raise
-        del view
-        return content if filled == len(content) else bytes(content[:filled]), first_byte_seconds
+        return content, first_byte_seconds
 
     def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            connections = list(self._connections)
-        for connection in connections:
-            sock = connection.sock
-            if sock is not None:
-                try:
-                    sock.shutdown(2)  # wakes a thread that waits for bytes; closing alone would not
-                except OSError:
-                    continue  # it has ended by itself
+        for connection in self._connections:
+            connection.close()
 
     def _refuse_status(self, response: http.client.HTTPResponse, name: str) -> None:
         status = response.status
@@ -187,7 +209,11 @@ class _SignedRanges:
             raise Refused("it is missing", may_pass=False)
         if status == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise Refused("it is shorter than its manifest says", may_pass=False)
-        raise Refused(f"the server answers HTTP {status} {response.reason}", may_pass=status in _LATER_STATUS)
+        raise Refused(
+            f"the server answers HTTP {status} {response.reason}",
+            may_pass=status in _LATER_STATUS,
+            pause_seconds=_seconds_from_now(response.headers.get("Retry-After")),
+        )
 
     def _url(self, name: str) -> SplitResult:
         with self._lock:
@@ -200,29 +226,86 @@ class _SignedRanges:
                 self._signed[name] = signed, time.monotonic() + _SIGNED_SECONDS
         return signed
 
-    def _connection(self, url: SplitResult) -> http.client.HTTPConnection:
+    def _connection(self, url: SplitResult) -> "_Connection":
         """This thread's connection, kept from request to request."""
-        found: http.client.HTTPConnection | None = getattr(self._own, "connection", None)
-        if found is not None:
-            return found
-        if url.scheme == "https":
-            context = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE"))
-            found = http.client.HTTPSConnection(url.netloc, timeout=self._timeout_seconds, context=context)
-        else:
-            found = http.client.HTTPConnection(url.netloc, timeout=self._timeout_seconds)
-        self._own.connection = found
-        with self._lock:
-            self._connections.add(found)
-            closed = self._closed
-        if closed:
-            raise Refused("the stream was closed", may_pass=False)
+        found: _Connection | None = getattr(self._own, "connection", None)
+        if found is None:
+            found = self._own.connection = _Connection(url, self._timeout_seconds, self._certificates)
+            with self._lock:
+                self._connections.append(found)
         return found
 
-    def _forget(self, connection: http.client.HTTPConnection) -> None:
-        connection.close()
-        self._own.connection = None
-        with self._lock:
-            self._connections.discard(connection)
+
+class _Connection(http.client.HTTPConnection):
+    """A connection that another thread can wake, while it is being made too: its socket is known from the start."""
+
+    def __init__(self, url: SplitResult, timeout_seconds: float, certificates: ssl.SSLContext | None) -> None:
+        super().__init__(url.hostname or "", url.port or (443 if certificates else 80), timeout=timeout_seconds)
+        self._certificates = certificates
+
+    def connect(self) -> None:
+        for family, kind, protocol, _, address in socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM):
+            try:
+                self.sock = socket.socket(family, kind, protocol)
+                self.sock.settimeout(self.timeout)
+                self.sock.connect(address)
+                break
+            except OSError as error:
+                refusal = error
+                self.close()
+        else:
+            raise refusal
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._certificates is not None:
+            self.sock = self._certificates.wrap_socket(
+                self.sock, server_hostname=self.host, do_handshake_on_connect=False
+            )
+            self.sock.do_handshake()
+
+    def wake(self) -> None:
+        """Ends a wait for the other side. Closing the socket would not."""
+        sock = self.sock
+        if sock is not None:
+            with suppress(OSError):  # it has ended by itself
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+def _response(connection: _Connection, url: SplitResult, start: int, end: int, call: Call) -> http.client.HTTPResponse:
+    """The server's answer, as far as its head."""
+    target = f"{url.path}?{url.query}" if url.query else url.path
+    headers = {"Host": url.netloc, "Range": f"bytes={start}-{end - 1}"}
+    was_kept = connection.sock is not None
+    try:
+        connection.request("GET", target, headers=headers)
+        return connection.getresponse()
+    except (ConnectionError, http.client.BadStatusLine):
+        if not was_kept or call.has_ended:
+            raise
+    connection.close()  # servers end connections that were idle for a while: that is no trouble
+    connection.request("GET", target, headers=headers)
+    return connection.getresponse()
+
+
+def _refuse_another_range(response: http.client.HTTPResponse, start: int, end: int) -> None:
+    if response.status == http.client.OK and start:
+        raise Refused("the server ignores ranges", may_pass=False)
+    asked = f"bytes {start}-{end - 1}"
+    sent = response.headers.get("Content-Range", asked)
+    if response.status == http.client.PARTIAL_CONTENT and sent.partition("/")[0] != asked:
+        raise Refused(f"it is shorter than its manifest says: asked for {asked}, it has {sent}", may_pass=False)
+
+
+def _seconds_from_now(retry_after: str | None) -> float:
+    """What a Retry-After header asks for: it names seconds or a date."""
+    if retry_after is None:
+        return 0.0
+    if retry_after.strip().isdecimal():
+        return float(retry_after)
+    try:
+        when = email.utils.parsedate_to_datetime(retry_after)
+    except ValueError:
+        return 0.0
+    return max(0.0, (when.astimezone(UTC) - datetime.now(UTC)).total_seconds())
 
 
 def _goes_through_a_proxy(url: SplitResult) -> bool:

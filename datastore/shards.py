@@ -106,7 +106,7 @@ class ShardReader:
             size = self._sums.sizes[shard]
             num_chunks = self.stored.shard_rows // self.stored.chunk_rows
             start = size - _CHECKSUM_BYTES - num_chunks * _INDEX_ENTRY.itemsize
-            found = self._fetcher.fetch(name, start, size, _checksum_problem)
+            found = self._fetcher.fetch(name, start, size, _checksum_problem, self._version(shard))
             self._indices.put(shard, found)
         return np.frombuffer(found, _INDEX_ENTRY, len(found) // _INDEX_ENTRY.itemsize)
 
@@ -125,13 +125,17 @@ class ShardReader:
             def problem(found: memoryview) -> str | None:
                 return next(filter(None, (_checksum_problem(found[begin:end]) for begin, end in bounds)), None)
 
-            content = self._fetcher.fetch(name, start, int(ends[-1]), problem)
+            content = self._fetcher.fetch(name, start, int(ends[-1]), problem, self._version(shard))
             if len(content) <= _SMALL_CHUNK_BYTES:
                 self._small_chunks.put(key, content)
         return {
             chunk: content[begin : end - _CHECKSUM_BYTES]
             for chunk, (begin, end) in zip(range(first, last + 1), bounds, strict=True)
         }
+
+    def _version(self, shard: int) -> str:
+        """What tells a shard from another one that had its name before."""
+        return f"{self._sums.sizes[shard]}-{self._sums.crc32c[shard]:08x}"
 
     def _decode(self, encoded: memoryview, target: np.ndarray) -> None:
         if self.stored.field.codec == "none":
