@@ -47,7 +47,14 @@ class FetchConfig(BaseModel, extra="forbid", frozen=True):
 
 
 class FetchFailed(Exception):
-    """Bytes that could not be had undamaged; the message says what was tried and what came."""
+    """Bytes that could not be had undamaged; the message says what was tried and what came.
+
+    `may_pass`: another run may have them later.
+    """
+
+    def __init__(self, message: str, *, may_pass: bool) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
 
 
 class Fetcher:
@@ -166,7 +173,7 @@ class Fetcher:
     def _ask(self, name: str, start: int, end: int, *, in_place_of_another: bool = False) -> "_Request":
         with self._counting:
             if self._closed.is_set():
-                raise FetchFailed("the stream was closed")
+                raise FetchFailed("the stream was closed", may_pass=True)
             if self._pool is None:
                 most = 2 * max(self._config.requests_near, self._config.requests_far)  # as many again for second ones
                 self._pool = ThreadPoolExecutor(most, thread_name_prefix="stream-requests")
@@ -190,7 +197,7 @@ class Fetcher:
         request.began = time.monotonic()
         request.has_begun.set()
         if self._closed.is_set():
-            raise FetchFailed("the stream was closed")
+            raise FetchFailed("the stream was closed", may_pass=True)
         content, first_byte_seconds = self._ranges.read(request.name, request.start, request.end, request.call)
         self._tempo.took(first_byte_seconds, time.monotonic() - request.began)
         with self._counting:
@@ -205,7 +212,7 @@ class Fetcher:
         with self._counting:
             self.retries += 1
         if self._closed.wait(seconds):
-            raise FetchFailed("the stream was closed")
+            raise FetchFailed("the stream was closed", may_pass=True)
 
 
 class _Request:
@@ -276,13 +283,13 @@ class _Trouble:
         """The pause; FetchFailed where it comes with the same damage each time, or was tried for long enough."""
         self._problems[problem] += 1
         if self._problems[problem] == _SAME_DAMAGE:
-            raise FetchFailed(f"it is damaged: {problem}, in {_SAME_DAMAGE} reads")
+            raise FetchFailed(f"it is damaged: {problem}, in {_SAME_DAMAGE} reads", may_pass=False)
         return self._pause_within_budget(f"its bytes come damaged: {problem}", 0.0)
 
     def was_refused(self, error: Refused) -> float:
         """The pause; FetchFailed where asking again cannot help, or was tried for long enough."""
         if not error.may_pass:
-            raise FetchFailed(str(error)) from error
+            raise FetchFailed(str(error), may_pass=False) from error
         return self._pause_within_budget(str(error), error.pause_seconds)
 
     def _pause_within_budget(self, problem: str, asked_seconds: float) -> float:
@@ -291,7 +298,8 @@ class _Trouble:
         self._began = now if self._began is None else self._began
         left_seconds = self._began + self._retry_seconds - now
         if left_seconds <= 0:
-            raise FetchFailed(f"{problem}; {self._attempts} attempts within {now - self._began:.0f} s went like this")
+            tried = f"{self._attempts} attempts within {now - self._began:.0f} s went like this"
+            raise FetchFailed(f"{problem}; {tried}", may_pass=True)
         # twice as long each time, and never the same for two processes that met the same trouble
         longest = min(_LONGEST_PAUSE_SECONDS, 0.05 * 2**self._attempts)
         own_seconds = random.uniform(longest / 2, longest)

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Int64, Shaped
 from numcodecs import blosc, zstd
 
-from datastore.errors import StoreError
+from datastore.errors import StoreError, ViewpointError
 from datastore.fetch import Fetcher, FetchFailed
 from datastore.layout import Store, StoredField
 from datastore.schema import Codec
@@ -63,7 +63,10 @@ class ShardReader:
         return math.prod(self._kept) * np.dtype(self.stored.stored_dtype).itemsize
 
     def read(self, rows: Int64[np.ndarray, " r"]) -> Shaped[np.ndarray, "r ..."]:
-        """The given rows, ascending, as they lie in the store. StoreError where they cannot be had undamaged."""
+        """The given rows, ascending, as they lie in the store.
+
+        StoreError where they are damaged or missing, ViewpointError where they cannot be had for now.
+        """
         dtype = np.dtype(self.stored.stored_dtype).newbyteorder("<")
         result = np.empty((len(rows), *self._kept), dtype=dtype)
         for start, end in _runs(rows // self.stored.shard_rows):
@@ -85,9 +88,14 @@ class ShardReader:
         except FetchFailed as error:
             first = shard * stored.shard_rows
             last = min(first + stored.shard_rows, stored.num_rows) - 1
+            failure = f"{self._url}/{name} (rows {first} to {last} of {stored.path!r}) cannot be read: {error}"
+            if error.may_pass:
+                raise ViewpointError(
+                    f"{failure}. Check the network and the server, then start the run again: it goes on from its last "
+                    f"checkpoint. data.fetch.retry_seconds is how long such trouble is waited out."
+                ) from error
             raise StoreError(
-                f"{self._url}/{name} (rows {first} to {last} of {stored.path!r}) cannot be read: {error}. `viewpoint "
-                f"inspect {self._url} --verify` lists everything that is damaged."
+                f"{failure}. `viewpoint inspect {self._url} --verify` lists everything that is damaged."
             ) from error
         whole_rows = self._kept == stored.stored_row_shape
         for chunk, (start, end) in zip(chunks, wanted, strict=True):
@@ -117,7 +125,8 @@ class ShardReader:
         offsets, lengths = index["offset"][first : last + 1], index["length"][first : last + 1]
         ends = offsets + lengths
         if (ends[-1:] > self._sums.sizes[shard]).any() or (offsets[1:] != ends[:-1]).any():
-            raise FetchFailed(f"its index has no chunks {first} to {last} in their places, which its manifest promises")
+            displaced = f"its index has no chunks {first} to {last} in their places, which its manifest promises"
+            raise FetchFailed(displaced, may_pass=False)
         start = int(offsets[0])
         bounds = [(int(offset) - start, int(end) - start) for offset, end in zip(offsets, ends, strict=True)]
         if content is None:

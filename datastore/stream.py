@@ -10,6 +10,7 @@ plan of the coming micro-batches says which units are needed next; threads fetch
 bound on memory allows, and one more thread gathers rows into tensors, a few batches ahead of the consumer.
 """
 
+import logging
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Generic, NamedTuple, Self, TypeVar
 
@@ -26,8 +28,9 @@ from jaxtyping import Int64
 from pydantic import BaseModel, PositiveFloat, PositiveInt
 
 from datastore.batch import Batch
+from datastore.disk_cache import DiskCache
 from datastore.errors import AskedWrongly, StoreError
-from datastore.fetch import Fetcher
+from datastore.fetch import FetchConfig, Fetcher
 from datastore.layout import CorpusFacts, Rows, Store, open_store
 from datastore.order import Lanes, Order, Remainder, sample_seeds, say_worlds
 from datastore.schema import FIELDS
@@ -36,6 +39,8 @@ from datastore.shards import ShardReader
 _READER_THREADS: Final = 8  # they wait for bytes, and decode them
 _PLANNED_PLACES: Final = 4096  # looked up in the order at a time: numpy's cost of a call is then 1/4096 a sample
 _GIB: Final = 2**30
+
+_logger = logging.getLogger("datastore.stream")
 
 BatchT = TypeVar("BatchT", bound=Batch)
 
@@ -56,6 +61,11 @@ class StreamConfig(BaseModel, extra="forbid", frozen=True):
     remainder: Remainder = "drop"  # what an epoch has left after its last whole batch, or "pad"
     prefetch_batches: PositiveInt = 4  # micro-batches ready ahead of the consumer
     memory_gib: PositiveFloat = 4.0  # decoded units that a process holds at most
+    fetch: FetchConfig = FetchConfig()
+    # A folder on this node's disk that keeps what was read from a remote store; its processes share it. None: nothing is
+    # kept, as the pages of a local store already are by the system.
+    cache_path: str | None = None
+    cache_gib: PositiveFloat = 50.0  # that the folder takes at most
 
 
 def open_stream(
@@ -90,7 +100,7 @@ def open_stream(
         )
     order = Order(len(rows), config.unit_samples, config.window_units, seed)
     lanes = Lanes(len(rows), global_batch, config.lanes, config.remainder)
-    fetcher = Fetcher(store.folder)
+    fetcher = Fetcher(store.folder, config.fetch, _cache(store, config))
     samples = _Samples(rows, _readers(store, fetcher, config, batch_type, teacher), order)
     _check_memory(samples, shares, lanes, config)
     return Stream(store, fetcher, config, batch_type, samples, shares, lanes, seed, start, pin_memory)
@@ -445,6 +455,16 @@ def _say_choice(config: StreamConfig) -> str:
     classes = "" if config.classes is None else f", classes {', '.join(config.classes)}"
     every = "" if config.every == 1 else f", every {config.every}th"
     return f"split {config.split!r}{classes}{every}"
+
+
+def _cache(store: Store, config: StreamConfig) -> DiskCache | None:
+    """The local cache of a remote store, where one is asked for."""
+    if config.cache_path is None:
+        return None
+    if store.folder.is_local:
+        _logger.info("%s lies on this machine's disk: nothing of it is kept in data.cache_path", store.url)
+        return None
+    return DiskCache(Path(config.cache_path).expanduser(), int(config.cache_gib * _GIB))
 
 
 def _readers(
