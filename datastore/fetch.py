@@ -12,7 +12,7 @@ import random
 import statistics
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -26,8 +26,9 @@ from datastore.ranges import Call, Refused, open_ranges
 
 Problem = Callable[[memoryview], str | None]
 """What is wrong with fetched bytes, in words; None where nothing is."""
+Content = bytes | bytearray
 
-_SAME_DAMAGE: Final = 3  # reads: a transfer goes wrong in another way each time, a damaged object does not
+_TIMES_SETTLED: Final = 2  # a machine on the way, too, can hold a damaged copy; another one is asked the next time
 _LONGEST_PAUSE_SECONDS: Final = 5.0
 _NEAR_SECONDS: Final = 0.005  # to the first byte: a server on this machine or beside it
 _REMEMBERED: Final = 64
@@ -111,15 +112,49 @@ class Fetcher:
         self._ranges.close()
 
     def _fetch(self, name: str, start: int, end: int, problem_of: Problem) -> memoryview:
+        """The range, read again part by part where it came damaged.
+
+        A part that comes twice the same is what the server holds: two transfers do not go wrong in the same way. So a
+        range of many parts comes right though some part of it is damaged in most reads. If all of them came twice the
+        same, and once more all of them did, the object itself is damaged.
+        """
+        part_bytes = end - start if self.is_local else max(1, int(self._config.part_mib * 2**20))
+        bounds = [(at, min(at + part_bytes, end)) for at in range(start, end, part_bytes)]
         trouble = _Trouble(self._config.retry_seconds)
+        earlier: dict[tuple[int, int], list[Content]] = {bound: [] for bound in bounds}
+        settled: dict[tuple[int, int], Content] = {}
+        times_settled = 0
         while True:
-            content = memoryview(self._read(name, start, end) if self.is_local else self._parts(name, start, end))
+            asked = [bound for bound in bounds if bound not in settled]
+            came = dict(zip(asked, self._read_parts(name, asked), strict=True)) | settled
+            content = memoryview(came[bounds[0]] if len(bounds) == 1 else b"".join(came[bound] for bound in bounds))
             problem = _length_problem(content, start, end) or problem_of(content)
             if problem is None:
                 return content
+            settled |= {bound: came[bound] for bound in asked if came[bound] in earlier[bound]}
+            for bound in asked:
+                earlier[bound].append(came[bound])
+            if len(settled) == len(bounds):
+                times_settled += 1
+                if times_settled == _TIMES_SETTLED:
+                    raise FetchFailed(f"it is damaged: {problem}, and comes like this each time", may_pass=False)
+                settled, earlier = {}, {bound: [] for bound in bounds}
             self._pause(trouble.came_damaged(problem))
 
-    def _read(self, name: str, start: int, end: int) -> bytes | bytearray:
+    def _read_parts(self, name: str, bounds: list[tuple[int, int]]) -> list[Content]:
+        """Some parts of an object, whether right or not."""
+        if self.is_local:
+            return [self._read(name, *bound) for bound in bounds]
+        requests = [self._ask(name, *bound) for bound in bounds]
+        try:
+            return [self._part(request) for request in requests]
+        except FetchFailed:
+            for request in requests:
+                request.call.end()
+            raise
+
+    def _read(self, name: str, start: int, end: int) -> Content:
+        """A part that lies on this machine's disk."""
         trouble = _Trouble(self._config.retry_seconds)
         while True:
             try:
@@ -131,19 +166,7 @@ class Fetcher:
                 self.bytes_fetched += len(content)
             return content
 
-    def _parts(self, name: str, start: int, end: int) -> bytes | bytearray:
-        """One range, by as many requests as it takes."""
-        part_bytes = max(1, int(self._config.part_mib * 2**20))
-        requests = [self._ask(name, at, min(at + part_bytes, end)) for at in range(start, end, part_bytes)]
-        try:
-            parts = [self._part(request) for request in requests]
-        except FetchFailed:
-            for request in requests:
-                request.call.end()
-            raise
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def _part(self, request: "_Request") -> bytes | bytearray:
+    def _part(self, request: "_Request") -> Content:
         """The answer to a request that is under way, or to one of those that are sent after it."""
         trouble = _Trouble(self._config.retry_seconds)
         while True:
@@ -153,7 +176,7 @@ class Fetcher:
                 self._pause(trouble.was_refused(error))
             request = self._ask(request.name, request.start, request.end)
 
-    def _first_answer(self, first: "_Request") -> bytes | bytearray:
+    def _first_answer(self, first: "_Request") -> Content:
         """The answer to a request, or to a second one that is sent where the first takes too long."""
         first.has_begun.wait()
         requests = {first.answer: first}
@@ -183,7 +206,7 @@ class Fetcher:
             request.answer = self._pool.submit(self._answer, request, in_place_of_another)
         return request
 
-    def _answer(self, request: "_Request", in_place_of_another: bool) -> bytes | bytearray:
+    def _answer(self, request: "_Request", in_place_of_another: bool) -> Content:
         try:
             if in_place_of_another:
                 return self._timed_read(request)
@@ -193,7 +216,7 @@ class Fetcher:
             with self._counting:
                 self._under_way.discard(request)
 
-    def _timed_read(self, request: "_Request") -> bytes | bytearray:
+    def _timed_read(self, request: "_Request") -> Content:
         request.began = time.monotonic()
         request.has_begun.set()
         if self._closed.is_set():
@@ -218,7 +241,7 @@ class Fetcher:
 class _Request:
     """One request for a part of an object."""
 
-    answer: "Future[bytes | bytearray]"
+    answer: "Future[Content]"
 
     def __init__(self, name: str, start: int, end: int) -> None:
         self.name, self.start, self.end = name, start, end
@@ -276,26 +299,22 @@ class _Trouble:
     def __init__(self, retry_seconds: float) -> None:
         self._retry_seconds = retry_seconds
         self._attempts = 0
-        self._problems: Counter[str] = Counter()
         self._began: float | None = None
 
     def came_damaged(self, problem: str) -> float:
-        """The pause; FetchFailed where it comes with the same damage each time, or was tried for long enough."""
-        self._problems[problem] += 1
-        if self._problems[problem] == _SAME_DAMAGE:
-            raise FetchFailed(f"it is damaged: {problem}, in {_SAME_DAMAGE} reads", may_pass=False)
-        return self._pause_within_budget(f"its bytes come damaged: {problem}", 0.0)
+        """The pause; FetchFailed where it was tried for long enough."""
+        return self._pause_within_budget(f"its bytes come damaged: {problem}", time.monotonic(), 0.0)
 
     def was_refused(self, error: Refused) -> float:
         """The pause; FetchFailed where asking again cannot help, or was tried for long enough."""
         if not error.may_pass:
             raise FetchFailed(str(error), may_pass=False) from error
-        return self._pause_within_budget(str(error), error.pause_seconds)
+        return self._pause_within_budget(str(error), error.happened, error.pause_seconds)
 
-    def _pause_within_budget(self, problem: str, asked_seconds: float) -> float:
+    def _pause_within_budget(self, problem: str, happened: float, asked_seconds: float) -> float:
         self._attempts += 1
         now = time.monotonic()
-        self._began = now if self._began is None else self._began
+        self._began = happened if self._began is None else self._began
         left_seconds = self._began + self._retry_seconds - now
         if left_seconds <= 0:
             tried = f"{self._attempts} attempts within {now - self._began:.0f} s went like this"
@@ -303,7 +322,8 @@ class _Trouble:
         # twice as long each time, and never the same for two processes that met the same trouble
         longest = min(_LONGEST_PAUSE_SECONDS, 0.05 * 2**self._attempts)
         own_seconds = random.uniform(longest / 2, longest)
-        return min(left_seconds, asked_seconds + own_seconds)
+        # parts are looked at one after the other: that a later one was refused, too, may be known for a while
+        return min(left_seconds, max(0.0, happened + asked_seconds + own_seconds - now))
 
 
 def _length_problem(content: memoryview, start: int, end: int) -> str | None:

@@ -35,6 +35,7 @@ class Refused(Exception):
         super().__init__(message)
         self.may_pass = may_pass
         self.pause_seconds = pause_seconds
+        self.happened = time.monotonic()
 
 
 class Call:
