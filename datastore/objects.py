@@ -57,9 +57,14 @@ class ObjectFolder:
 
     @cached_property
     def _resolved(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        options: dict[str, object] = {}
+        if self.url.startswith(("s3:", "s3a:")):
+            # signed URLs are of the older form by default, which newer buckets and several servers do not take
+            configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+            options["config_kwargs"] = {"signature_version": "s3v4"} | configured
         try:
             # other processes write here at the same time: a remembered listing would be a wrong one
-            filesystem, path = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+            filesystem, path = fsspec.core.url_to_fs(self.url, use_listings_cache=False, **options)
         except ImportError as error:
             raise DoNotRetry(
                 f"{self.url}: {error}. Install that package, or use a local path or an s3:// URL."
