@@ -51,31 +51,39 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def s3_environment(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def s3_environment(s3_server: str) -> Iterator[None]:
     """An environment, inherited by every process, in which s3:// means the server; no test meets another's clients."""
-    absent = str(tmp_path / "no-such-file")  # of the machine's own settings, none count
-    for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_S3"))]:
-        monkeypatch.delenv(name)
-    for name, value in {
-        "AWS_ENDPOINT_URL": s3_server,
-        "AWS_ACCESS_KEY_ID": KEY_ID,
-        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_CONFIG_FILE": absent,
-        "AWS_SHARED_CREDENTIALS_FILE": absent,
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "NO_PROXY": "127.0.0.1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    forget_clients()
-    yield
-    forget_clients()
+    with s3_means(s3_server):
+        yield
 
 
 @pytest.fixture
 def s3_bucket(s3_environment: None) -> str:
     """The URL of a new, empty bucket."""
     return new_bucket()
+
+
+@contextmanager
+def s3_means(url: str) -> Iterator[None]:
+    """Within the block, s3:// means the server at this URL, for this process and those that it starts."""
+    absent = f"/no-such-folder/{uuid.uuid4().hex}"  # of the machine's own settings, none count
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_S3"))]:
+            patch.delenv(name)
+        for name, value in {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": KEY_ID,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": absent,
+            "AWS_SHARED_CREDENTIALS_FILE": absent,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "NO_PROXY": "127.0.0.1",
+        }.items():
+            patch.setenv(name, value)
+        forget_clients()
+        yield
+        forget_clients()
 
 
 def new_bucket() -> str:
