@@ -15,7 +15,7 @@ ON ?= local
 SET ?=
 ARGS ?=
 
-.PHONY: help install install-dev launch doctor test test-all test-gpu check format bench smoke clean
+.PHONY: help install install-dev launch doctor test test-all test-s3 test-gpu check format bench smoke clean
 
 help: ## this list
 	@echo "Viewpoint: pre-train 3D point encoders by distilling 2D networks."
@@ -47,6 +47,10 @@ test: $(VENV)/.installed-dev ## tests that need minutes, no network and no GPU
 
 test-all: $(VENV)/.installed-dev ## also the slow ones and those that need a server on loopback
 	@$(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+
+test-s3: $(VENV)/.installed-dev ## the tests with an object store, against Ceph's (root installs Debian's packages)
+	@tests/radosgw.sh install
+	@VIEWPOINT_TEST_S3=radosgw $(BIN)/python -m pytest -q -m s3 $(ARGS)
 
 test-gpu: $(VENV)/.installed-dev ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -q -m gpu $(ARGS)

@@ -1,6 +1,8 @@
 """A real S3-compatible server on loopback for tests marked `s3`: everything it keeps is gone when the session ends.
 
-It checks signatures and credentials. What a test's own processes need to reach it stands in the environment.
+It checks signatures and credentials. What a test's own processes need to reach it stands in the environment. Usually it
+is ministack, which starts in a second; with VIEWPOINT_TEST_S3=radosgw (`make test-s3`) it is Ceph's, which serves object
+stores in production.
 """
 
 import asyncio
@@ -23,24 +25,27 @@ from s3fs import S3FileSystem
 
 KEY_ID, SECRET_KEY = "viewpoint-tests", "loopback-only"
 
-_START_SECONDS: Final = 60
+_SERVER: Final = os.environ.get("VIEWPOINT_TEST_S3", "ministack")
+_START_SECONDS: Final = {"ministack": 60, "radosgw": 240}[_SERVER]
+_HEALTH_PATH: Final = {"ministack": "/_ministack/health", "radosgw": "/"}[_SERVER]
 _ATTEMPTS: Final = 5
 
 
 @contextmanager
 def running_s3_server(folder: Path) -> Iterator[str]:
     """The URL of a server that works in the folder and ends with the block."""
-    for _ in range(_ATTEMPTS):
-        port = _free_port()
-        process = _start(folder, port)
+    for attempt in range(_ATTEMPTS):
+        port, own_folder = _free_port(), folder / str(attempt)
+        own_folder.mkdir()
+        process = _start(own_folder, port)
         try:
             if _answers(process, port):
                 yield f"http://127.0.0.1:{port}"
                 return
         finally:
             process.terminate()
-            process.wait(30)
-    raise RuntimeError(f"The S3 server does not start; its last words:\n{(folder / 'log').read_text()[-2000:]}")
+            process.wait(60)
+    raise RuntimeError(f"The S3 server does not start; its last words:\n{(own_folder / 'log').read_text()[-2000:]}")
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +112,25 @@ def forget_clients() -> None:
 
 
 def _start(folder: Path, port: int) -> "subprocess.Popen[bytes]":
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | {
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    if _SERVER == "radosgw":
+        command = [
+            str(Path(__file__).with_name("radosgw.sh")),
+            "run",
+            str(folder / "ceph"),
+            str(port),
+            str(_free_port()),
+        ]
+        environment |= {"RADOSGW_KEY_ID": KEY_ID, "RADOSGW_SECRET_KEY": SECRET_KEY}
+    else:
+        command = [sys.executable, "-m", "ministack"]
+        environment |= _ministack_settings(folder, port)
+    with (folder / "log").open("ab") as log:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, close_fds=True)
+
+
+def _ministack_settings(folder: Path, port: int) -> dict[str, str]:
+    return {
         "BIND_HOST": "127.0.0.1",
         "GATEWAY_PORT": str(port),
         "SERVICES": "s3,iam,sts",
@@ -120,10 +143,6 @@ def _start(folder: Path, port: int) -> "subprocess.Popen[bytes]":
         "TMPDIR": str(folder),
         "LOG_LEVEL": "WARNING",
     }
-    with (folder / "log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "ministack"], cwd=folder, env=environment, stdout=log, stderr=log, close_fds=True
-        )
 
 
 def _answers(process: "subprocess.Popen[bytes]", port: int) -> bool:
@@ -132,7 +151,7 @@ def _answers(process: "subprocess.Popen[bytes]", port: int) -> bool:
     deadline = time.monotonic() + _START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            with opener.open(f"http://127.0.0.1:{port}/_ministack/health", timeout=5):
+            with opener.open(f"http://127.0.0.1:{port}{_HEALTH_PATH}", timeout=5):
                 return True
         except (URLError, ConnectionError, TimeoutError):
             time.sleep(0.05)
