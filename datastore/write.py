@@ -109,11 +109,13 @@ class OpenBlock:
         self._shards = {stored.field.name: _ShardBuilder(stored, self._first, self._end) for stored in writer.fields}
         self._sums: dict[str, list[tuple[int, int]]] = {name: [] for name in self._shards}
         self._next_row = self._first
+        self._is_broken = False  # a shard of it could not be put
         self._yielded = False  # a shard was left to another writer, who had finished the block
         self._kept: dict[str, list[np.ndarray]] = {name: [] for name in ("split", "id") if name in self._shards}
 
     def append(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Takes the next rows of every field, and puts the shards that they complete."""
+        self._refuse_broken()
         lengths = self._checked_lengths(arrays)
         self._next_row += lengths
         if self._next_row > self._end:
@@ -122,12 +124,15 @@ class OpenBlock:
             )
         for name, kept in self._kept.items():
             kept.append(arrays[name].copy())
+        self._is_broken = True
         for name, builder in self._shards.items():
             for shard_name, content in builder.add(arrays[name]):
                 self._put_shard(name, shard_name, content)
+        self._is_broken = False
 
     def commit(self, quarantine: Sequence[QuarantinedRow] = ()) -> None:
         """Says that the block is complete. `quarantine` names every row whose split is QUARANTINED, and why."""
+        self._refuse_broken()
         if self._next_row != self._end:
             raise StoreError(
                 f"{self._where} has rows {self._first} to {self._end - 1}; got {self._next_row - self._first}."
@@ -142,6 +147,14 @@ class OpenBlock:
         # a record of ours would vouch for shards that the other wrote, and theirs may have been withdrawn since
         if self._yielded or not self._folder.create(self._record_name, _as_document(record)):
             self._yield_to_other(record)
+
+    def _refuse_broken(self) -> None:
+        """Whoever queues rows hears of a failure late: what was queued behind it must not make a record for what is not there."""
+        if self._is_broken:
+            raise ViewpointError(
+                f"{self._where} was given up when one of its shards could not be written. It counts as unfinished: the "
+                f"same command redoes it."
+            )
 
     def _check_quarantine(self, quarantine: Sequence[QuarantinedRow]) -> None:
         """Rows without a shape and the list of reasons must agree: readers go by the one, people by the other."""

@@ -468,6 +468,31 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
 # What a block takes
 
 
+def test_a_block_of_which_a_shard_could_not_be_put_is_never_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last rows may be on their way already when the store refuses one put, and take the ones after it."""
+    store = create_store(tmp_path, small_attributes(num_rows=80, block_rows=64), schema.INGEST_FIELDS)
+    arrays = sample_arrays(store)
+    opened = BlockWriter(store).open_block(0)
+    put, refused = store.folder.put, list[str]()
+
+    def refuses_once(name: str, content: bytes) -> None:
+        if not refused:
+            refused.append(name)
+            raise TimeoutError("the server did not answer")
+        put(name, content)
+
+    monkeypatch.setattr(store.folder, "put", refuses_once)
+    opened.append({name: array[:48] for name, array in arrays.items()})
+    with pytest.raises(TimeoutError):
+        opened.append({name: array[48:64] for name, array in arrays.items()})
+    for go_on in (lambda: opened.append({name: array[:0] for name, array in arrays.items()}), opened.commit):
+        with pytest.raises(ViewpointError, match=r"block 0 of 'ingest' in .* was given up when one of its shards"):
+            go_on()
+    assert BlockWriter(store).pending() == [0, 1]
+
+
 def test_rows_that_do_not_fit_the_fields_are_refused(tmp_path: Path) -> None:
     store = create_store(tmp_path, small_attributes(), FEW_FIELDS)
     right = {name: array[:32] for name, array in sample_arrays(store).items()}
