@@ -384,8 +384,8 @@ def _withdraw_quarantined(store: Store, part: tuple[int, int]) -> None:
     rows = [row for rows in store.manifest.scope(INGEST).quarantine.values() for row in rows]
     blocks = {row // store.attributes.block_rows for row in rows}
     blocks = {block for block in blocks if block % part[1] == part[0]}
-    for scope in store.manifest.scopes if blocks else ():
-        withdraw(store, scope, sorted(blocks & set(store.manifest.scope(scope).blocks)))
+    if blocks:
+        withdraw(store, INGEST, sorted(blocks))
 
 
 def _write_rows(
