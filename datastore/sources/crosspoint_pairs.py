@@ -68,6 +68,7 @@ class CrossPointPairs:
         self.listing = listing
         self._renders = renders
         self._renders_root = renders_root
+        self._files = SourceFiles(url)
 
     @classmethod
     def recognises(cls, files: SourceFiles) -> bool:
@@ -124,7 +125,7 @@ class CrossPointPairs:
 
     def load(self, shape: ShapeReference) -> Shape:
         """One cloud, and all renders of it with their cameras."""
-        files = SourceFiles(self.url)
+        files = self._files
         images = self.listing.images
         assert images is not None, "open always sets them"
         cloud = self._cloud(files, shape.place)

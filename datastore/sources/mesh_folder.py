@@ -41,6 +41,7 @@ class MeshFolder:
     def __init__(self, url: str, listing: Listing) -> None:
         self.url = url
         self.listing = listing
+        self._files = SourceFiles(url)
 
     @classmethod
     def recognises(cls, files: SourceFiles) -> bool:
@@ -94,7 +95,7 @@ class MeshFolder:
 
     def load(self, shape: ShapeReference) -> Shape:
         """One file as one mesh: all parts of its scene, each where the scene puts it."""
-        return Shape(read_mesh(SourceFiles(self.url), shape.place))
+        return Shape(read_mesh(self._files, shape.place))
 
 
 def _modelnet_of(places: Sequence[str]) -> str | None:

@@ -53,6 +53,7 @@ class MeshIndex:
     def __init__(self, url: str, listing: Listing) -> None:
         self.url = url
         self.listing = listing
+        self._files = SourceFiles(url)
 
     @classmethod
     def recognises(cls, files: SourceFiles) -> bool:
@@ -87,7 +88,7 @@ class MeshIndex:
 
     def load(self, shape: ShapeReference) -> Shape:
         """The file that a row names."""
-        return Shape(read_mesh(*_located(SourceFiles(self.url), shape.place)))
+        return Shape(read_mesh(*_located(self._files, shape.place)))
 
 
 def _located(files: SourceFiles, path: str) -> tuple[SourceFiles, str]:

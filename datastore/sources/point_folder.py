@@ -52,6 +52,7 @@ class PointFolder:
     def __init__(self, url: str, listing: Listing) -> None:
         self.url = url
         self.listing = listing
+        self._files = SourceFiles(url)
 
     @classmethod
     def recognises(cls, files: SourceFiles) -> bool:
@@ -101,7 +102,7 @@ class PointFolder:
 
     def load(self, shape: ShapeReference) -> Shape:
         """One file as one cloud."""
-        return Shape(_read(SourceFiles(self.url), shape.place))
+        return Shape(_read(self._files, shape.place))
 
 
 def _is_cloud(files: SourceFiles, place: str) -> bool | None:
