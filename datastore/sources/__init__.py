@@ -69,6 +69,10 @@ class Listing:
                 f"{times} shapes are named {most_common!r} (at {', '.join(places[:3])}): give each a name of its own"
             )
         for shape in self.shapes:
+            if not shape.id.isascii() and any("\ud800" <= letter <= "\udfff" for letter in shape.id):
+                raise SourceError(
+                    f"{shape.id!r} is the name of a file in another encoding than UTF-8, and a store keeps text: rename it"
+                )
             if not -1 <= shape.label < len(self.class_names):
                 raise SourceError(
                     f"{shape.id!r} has label {shape.label}, but there are {len(self.class_names)} classes"

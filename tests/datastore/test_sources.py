@@ -77,6 +77,7 @@ def test_a_url_of_a_file_has_its_folder_as_root(tmp_path: Path) -> None:
         ([], "no shapes"),
         ([ShapeReference("a", 2, "train", "")], "label 2, but there are 2 classes"),
         ([ShapeReference("a", 0, "dev", "")], "split 'dev'"),
+        ([ShapeReference("caf\udce9", 0, "train", "")], r"'caf\\udce9' is the name of a file in another encoding than"),
     ],
 )
 def test_a_listing_that_contradicts_itself_is_refused(shapes: list[ShapeReference], message: str) -> None:
