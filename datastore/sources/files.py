@@ -145,8 +145,8 @@ class SourceFiles:
 
     def where(self, path: str) -> str:
         """A file's name for messages."""
-        base = self.url if self.single_file is None else self.url.rpartition("/")[0]
-        return f"{base}/{path}" if path else base
+        base = f"{self.url}/" if self.single_file is None else self.url.removesuffix(self.single_file)
+        return f"{base}{path}" if path else base.rstrip("/")
 
     def describe(self) -> str:
         """A sentence about what is there, for somebody who expected something else."""

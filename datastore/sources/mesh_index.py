@@ -96,7 +96,8 @@ def _located(files: SourceFiles, path: str) -> tuple[SourceFiles, str]:
     if "://" not in path and not path.startswith(("/", "../")):
         return files, path
     if path.startswith("../"):
-        folder = files.where("")
+        # of a local table the whole path: its URL may be a bare name, which has nothing above it
+        folder = files.root if files.is_local else files.where("")
         while path.startswith("../"):
             folder, path = folder.rpartition("/")[0], path.removeprefix("../")
         path = f"{folder}/{path}"

@@ -64,11 +64,14 @@ def test_a_source_stands_on_the_axis_that_was_named(tmp_path: Path) -> None:
     assert open_source(str(tmp_path), options=ReadingOptions(up_axis="-Z")).listing.up_axis == "-Z"
 
 
-def test_a_url_of_a_file_has_its_folder_as_root(tmp_path: Path) -> None:
+def test_a_url_of_a_file_has_its_folder_as_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "list.csv").write_text("path\n")
     files = SourceFiles(tmp_path / "list.csv")
     assert (files.single_file, files.where("a.off")) == ("list.csv", f"{tmp_path}/a.off")
     assert files.text("list.csv") == "path\n"
+    monkeypatch.chdir(tmp_path)
+    files = SourceFiles("list.csv")
+    assert (files.where("a.off"), files.where(""), files.text("list.csv")) == ("a.off", "", "path\n")
 
 
 @pytest.mark.parametrize(
