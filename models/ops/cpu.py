@@ -91,7 +91,7 @@ class _Block:
         """The k nearest points of each query as sorted keys [c * r, k]: the bits of the distance, then the index."""
         bound = _least(self.approximate, k) + 2 * self.errors
         # Negated, so that what is not a number, after an overflow, is a candidate too
-        candidates = np.flatnonzero(~(self.approximate > bound))
+        candidates = _sparse_places(~(self.approximate > bound))
         firsts, counts = self.rows_of(candidates)
         rows = np.repeat(np.arange(len(counts)), counts)
         columns = candidates - rows * self.approximate.shape[1]
@@ -149,6 +149,19 @@ def _least(distances: Floats, k: int) -> Floats:
             np.minimum(groups[:, : part.shape[1]], part, out=groups[:, : part.shape[1]])
     groups.partition(k - 1, axis=1)
     return groups[:, k - 1 : k]
+
+
+def _sparse_places(mask: npt.NDArray[np.bool_]) -> Integers:
+    """As `flatnonzero`, which where few are true mispredicts at each of them; eight at a time that takes half the time."""
+    if mask.size % 8:
+        return np.flatnonzero(mask)
+    words = mask.reshape(-1).view(np.uint64)
+    word_places = np.flatnonzero(words != 0)
+    within = np.flatnonzero(words[word_places].view(np.bool_))
+    places: Integers = word_places[within >> 3]
+    places <<= 3
+    places += within & 7
+    return places
 
 
 def _for_each_block(
