@@ -178,7 +178,7 @@ class ShardSums(BaseModel, extra="forbid", frozen=True):
     """Size and checksum of every shard object of one field; size 0 where a shard is not complete."""
 
     sizes: tuple[NonNegativeInt, ...]
-    crc32c: tuple[NonNegativeInt, ...]
+    crc32: tuple[NonNegativeInt, ...]
 
 
 class ScopeManifest(BaseModel, extra="forbid", frozen=True):
