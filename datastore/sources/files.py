@@ -61,6 +61,14 @@ class SourceFiles:
 
     def entries(self, folder: str = "") -> list[str]:
         """Names right below a folder, sorted, hidden ones aside; empty where there is no such folder."""
+        return self._entries(folder) if folder else self._top
+
+    @cached_property
+    def _top(self) -> list[str]:
+        # every format has a look at it, and there may be a million files
+        return self._entries("")
+
+    def _entries(self, folder: str) -> list[str]:
         try:
             found = self._filesystem.ls(self._full(folder), detail=False)
         except (FileNotFoundError, NotADirectoryError):

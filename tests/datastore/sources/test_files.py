@@ -74,6 +74,21 @@ def test_a_part_of_a_file_is_read(remote: SourceFiles, tmp_path: Path) -> None:
     assert remote.read_range("chair/a.off", 4, 5) == TRIANGLE[4:9]
 
 
+def test_the_top_of_a_source_is_listed_once_for_all_formats(
+    remote: SourceFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed: list[str] = []
+    ls = MemoryFileSystem.ls
+
+    def noted(self: MemoryFileSystem, path: str, **options: Any) -> Any:
+        listed.append(path)
+        return ls(self, path, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", noted)
+    open_source(remote.url)
+    assert listed.count("/files-of-a-test") == 1
+
+
 # Whom a failure concerns
 
 LOST_SERVER = [
