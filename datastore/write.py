@@ -427,6 +427,12 @@ def _gather(store: Store, scope: str, published: ScopeManifest) -> ScopeManifest
         sizes, sums = [0] * stored.num_shards, [0] * stored.num_shards
         for block, record in records.items():
             first = block * store.attributes.block_rows // stored.shard_rows
+            first_row, end_row = store.block_range(block)
+            if len(record.shards.get(stored.field.name, ())) != -(-(end_row - first_row) // stored.shard_rows):
+                raise StoreError(
+                    f"{store.url}/{commit_name(scope, block)} does not name every shard of {stored.field.name!r}. Remove "
+                    f"it and run the command that wrote it again: it redoes that block."
+                )
             for offset, (size, crc32) in enumerate(record.shards[stored.field.name]):
                 sizes[first + offset], sums[first + offset] = size, crc32
         shards[stored.field.name] = ShardSums(sizes=tuple(sizes), crc32=tuple(sums))

@@ -20,7 +20,7 @@ from jaxtyping import Int64, UInt8
 from datastore.errors import SourceError
 from datastore.mesh import Mesh
 from datastore.shape import Shape
-from datastore.sources import Listing, ReadingOptions, ShapeError, ShapeReference, SourceImages
+from datastore.sources import Listing, ReadingOptions, ShapeError, ShapeReference, SourceImages, listed_licence
 from datastore.sources.files import SourceFiles
 from datastore.sources.mesh_parts import DECODING_FAILS, on_white
 
@@ -80,7 +80,7 @@ class MeshBundle:
             class_names=class_names,
             splits=(*(name for name in _SPLIT_ORDER if name in splits), *sorted(splits - set(_SPLIT_ORDER))),
             extra_views=_extra_views(files, turntables),
-            licence=", ".join(sorted({row["licence"] for row in rows if row.get("licence")})) or "unknown",
+            licence=listed_licence(row.get("licence", "") for row in rows),
             content=checksums,
         )
         return cls(files.url, listing)

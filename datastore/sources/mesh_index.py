@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final, Self
 
 from datastore.errors import SourceError
 from datastore.shape import Shape
-from datastore.sources import Listing, ReadingOptions, ShapeReference
+from datastore.sources import Listing, ReadingOptions, ShapeReference, listed_licence
 from datastore.sources.files import SourceFiles
 from datastore.sources.mesh_files import COLOURED_SUFFIXES, MESH_SUFFIXES, read_mesh
 
@@ -81,7 +81,7 @@ class MeshIndex:
             class_names=class_names,
             splits=(*(split for split in _SPLIT_ORDER if split in splits), *sorted(splits - set(_SPLIT_ORDER))),
             coloured=any(PurePosixPath(row.path).suffix.lower() in COLOURED_SUFFIXES for row in rows),
-            licence=", ".join(sorted({row.licence for row in rows} - {""})) or "unknown",
+            licence=listed_licence(row.licence for row in rows),
             content=hashlib.sha256((text + sizes).encode()).hexdigest(),
         )
         return cls(files.url, listing)
