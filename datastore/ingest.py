@@ -61,6 +61,8 @@ DEFAULT_LIMIT_GIB: Final = 1.5
 """Of memory for a worker process: what the largest of ordinary meshes need, so that one giant cannot end a run."""
 
 _NUM_POINTS: Final = 2048
+_RIG: Final = "azimuth12"
+_IMAGE_SIZE: Final = 224
 _APPEND_ROWS: Final = 16  # rows handed to the writer at a time: a chunk of most fields
 _POLL_SECONDS: Final = 0.2
 _LISTED: Final = 3
@@ -111,10 +113,9 @@ examples:
     making.add_argument(
         "--rig",
         metavar="R",
-        default="azimuth12",
-        help=f"cameras: {', '.join(RIG_NAMES)}; with parameters, as in ring?views=8&elevations=30,-30 (%(default)s)",
+        help=f"cameras: {', '.join(RIG_NAMES)}; with parameters, as in ring?views=8&elevations=30,-30 ({_RIG})",
     )
-    making.add_argument("--image-size", type=int, default=224, metavar="PX", help="of each rendered view (%(default)s)")
+    making.add_argument("--image-size", type=int, metavar="PX", help=f"of each rendered view ({_IMAGE_SIZE})")
     making.add_argument(
         "--points",
         type=int,
@@ -174,10 +175,15 @@ def run(arguments: argparse.Namespace) -> int:
     options = ReadingOptions(arguments.partial, arguments.allow_pickle, arguments.variant, arguments.up)
     source = open_source(arguments.source, arguments.format, options)
     print(f"{source.url}: {describe_listing(source)}", file=sys.stderr)
+    if source.listing.images is not None and arguments.views == "auto" and (arguments.rig or arguments.image_size):
+        raise AskedWrongly(
+            f"{source.url} ({source.FORMAT}) brings its own images, and --rig and --image-size are for rendered ones. Add "
+            f"--views rendered to render, or --views source to take its images whatever the rig."
+        )
     summary = ingest(
         source,
         arguments.store,
-        rig=rig_by_name(arguments.rig, arguments.image_size),
+        rig=rig_by_name(arguments.rig or _RIG, arguments.image_size or _IMAGE_SIZE),
         num_points=arguments.points,
         views=arguments.views,
         point_order=arguments.point_order,
@@ -337,6 +343,11 @@ def _attributes(
     seen: dict[str, Any]
     if listing.images is not None and views != "rendered":
         images = listing.images
+        if images.with_cameras and listing.up_axis != "+Y":
+            raise AskedWrongly(
+                f"{source.url} ({source.FORMAT}) states cameras around +Y, which would not be right with "
+                f"{listing.up_axis} up. Leave out --up, or render with --views rendered."
+            )
         seen = {
             "num_views": images.num_views,
             "image_size": images.image_size,
@@ -384,8 +395,8 @@ def _withdraw_quarantined(store: Store, part: tuple[int, int]) -> None:
     rows = [row for rows in store.manifest.scope(INGEST).quarantine.values() for row in rows]
     blocks = {row // store.attributes.block_rows for row in rows}
     blocks = {block for block in blocks if block % part[1] == part[0]}
-    for scope in store.manifest.scopes if blocks else ():
-        withdraw(store, scope, sorted(blocks & set(store.manifest.scope(scope).blocks)))
+    if blocks:
+        withdraw(store, INGEST, sorted(blocks))
 
 
 def _write_rows(
@@ -450,7 +461,7 @@ class _OrderedWriter:
         self._blocks = deque(blocks)
         self._open: OpenBlock | None = None
         self._rows: list[Row] = []
-        self._quarantine: list[QuarantinedRow] = []
+        self._quarantine: dict[int, list[QuarantinedRow]] = {}  # by block, until that is committed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ingest-write")
         self._under_way: deque[Future[None]] = deque()
         self.committed = 0  # rows of this run that are safe
@@ -463,7 +474,7 @@ class _OrderedWriter:
 
     def quarantine(self, entry: QuarantinedRow) -> None:
         """Keeps why a row will hold no shape."""
-        self._quarantine.append(entry)
+        self._quarantine.setdefault(entry.row // self._writer.store.attributes.block_rows, []).append(entry)
 
     def append(self, number: int, row: Row) -> None:
         """Takes the next row."""
@@ -492,7 +503,7 @@ class _OrderedWriter:
         self._open.append({name: np.stack([row[name] for row in rows]) for name in rows[0]})
         if last_row:
             first, end = self._writer.store.block_range(block)
-            self._open.commit([entry for entry in self._quarantine if first <= entry.row < end])
+            self._open.commit(self._quarantine.pop(block, []))
             self._open = None
             self.committed += end - first
 

@@ -178,7 +178,7 @@ class ShardSums(BaseModel, extra="forbid", frozen=True):
     """Size and checksum of every shard object of one field; size 0 where a shard is not complete."""
 
     sizes: tuple[NonNegativeInt, ...]
-    crc32c: tuple[NonNegativeInt, ...]
+    crc32: tuple[NonNegativeInt, ...]
 
 
 class ScopeManifest(BaseModel, extra="forbid", frozen=True):
@@ -718,7 +718,8 @@ def _group_document(attributes: Mapping[str, Any]) -> bytes:
 def _refuse_difference(
     url: str, found: StoreAttributes, asked: StoreAttributes, found_fields: Sequence[str], asked_fields: Sequence[str]
 ) -> None:
-    differences = _differences(found, asked)
+    # a source may be reached by another path, or from another machine: its hash says whether it is the same
+    differences = _differences(found, asked.model_copy(update={"source_url": found.source_url}))
     if tuple(found_fields) != tuple(asked_fields):
         differences = "; ".join(
             filter(None, [differences, f"fields: {', '.join(found_fields)} there, {', '.join(asked_fields)} asked for"])

@@ -214,7 +214,7 @@ def choose_micro_batch(global_batch: int, world_size: int, max_micro_batch: int)
     worlds = allowed_worlds(global_batch, max_micro_batch)
     if world_size not in worlds:
         raise AskedWrongly(
-            f"a global batch of {global_batch} cannot be shared evenly by {world_size} processes in micro-batches of at"
+            f"A global batch of {global_batch} cannot be shared evenly by {world_size} processes in micro-batches of at"
             f" most {max_micro_batch}. {say_worlds(worlds)}"
         )
     micro_batch = _largest_divisor(global_batch // world_size, max_micro_batch)

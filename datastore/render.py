@@ -58,8 +58,20 @@ def render(
 ) -> Rendering:
     """All that is rendered of a shape. The points lie on the mesh; normals may point to either side of it."""
     cast = _ray_caster(mesh)
-    views, depth = _images(_with_textures_for(mesh, rig), cast, rig)
+    views, depth = _images(_Scene(_with_textures_for(mesh, rig), cast), rig)
     return Rendering(views, depth, _visibility(cast, points, normals, rig), pixels_of(points, rig))
+
+
+def smooth_images(
+    mesh: Mesh, corner_normals: Float32[np.ndarray, "m 3 3"], rig: CameraRig
+) -> tuple[UInt8[np.ndarray, "v h w 3"], UInt16[np.ndarray, "v h w"]]:
+    """Shaded images and depth of a mesh that is lit by what lies between the normals at its faces' corners.
+
+    These may point to either side of the surface, but all three of a face to the same one.
+    """
+    first, second, third = corner_normals.transpose(1, 2, 0)
+    face_normals = np.concatenate([first, second - first, third - first])
+    return _images(_Scene(mesh, _ray_caster(mesh), face_normals), rig)
 
 
 def pixels_of(points: Float32[np.ndarray, "p 3"], rig: CameraRig) -> Int16[np.ndarray, "p v 2"]:
@@ -130,6 +142,35 @@ def _view_rays(rig: CameraRig) -> list[tuple[Float32[np.ndarray, "h w 3"], Float
 
 
 @dataclass(frozen=True)
+class _Scene:
+    """What a camera looks at."""
+
+    mesh: Mesh
+    cast: RayCaster
+    face_normals: Float32[np.ndarray, "9 m"] | None = None
+    """Normals in each face's first corner, and what is added to them on the way to the second and the third; None: as
+    the faces lie. Columns, of which picking many is fast."""
+
+    def normals(self, hits: Hits, hit: Int64[np.ndarray, " n"]) -> Float32[np.ndarray, "3 n"]:
+        """Of the surface where rays hit it, of any length, to either side."""
+        if self.face_normals is None:
+            normals: Float32[np.ndarray, "3 n"] = hits["Ng"].take(hit, axis=0).T
+            return normals
+        picked = self.face_normals.take(hits["primID"].take(hit), axis=1)
+        between: Float32[np.ndarray, "3 n"] = picked[:3]
+        between += hits["u"].take(hit) * picked[3:6]
+        between += hits["v"].take(hit) * picked[6:]
+        return between
+
+    def colours(self, hits: Hits, hit: Int64[np.ndarray, " n"]) -> Float32[np.ndarray, "n 3"] | None:
+        """Of the surface where rays hit it; None if nothing says what colour it has."""
+        if self.mesh.face_colours is None and self.mesh.vertex_colours is None and self.mesh.face_textures is None:
+            return None
+        u, v = hits["u"].take(hit), hits["v"].take(hit)
+        return colours_at(self.mesh, hits["primID"].take(hit), np.stack([1 - u - v, u, v], axis=1))
+
+
+@dataclass(frozen=True)
 class _Camera:
     """One camera of a rig, and the rays that it sends through any place of its image."""
 
@@ -148,50 +189,46 @@ class _Camera:
         return self.position + np.float32(self.rig.distance) * offsets, np.tile(forward, (len(offsets), 1))
 
     def shades(
-        self, mesh: Mesh, hits: Hits, hit: Int64[np.ndarray, " n"], x: np.ndarray, y: np.ndarray
+        self, scene: _Scene, hits: Hits, hit: Int64[np.ndarray, " n"], x: np.ndarray, y: np.ndarray
     ) -> tuple[Float32[np.ndarray, " n"], Float32[np.ndarray, "n #c"]]:
         """Light that reaches the camera from the rays that hit, whose places are x and y; and their lit colours."""
-        # Embree's normals are those of the faces, of any length, to either side
-        normals = self.rotation @ hits["Ng"].take(hit, axis=0).T
+        normals = self.rotation @ scene.normals(hits, hit)
         if self.rig.projection == "orthographic":
             x = y = np.zeros(1, dtype=np.float32)
         light = shade(normals, x, y)
-        if _is_plain(mesh):
+        colours = scene.colours(hits, hit)
+        if colours is None:
             return light, (NEUTRAL_GREY * light)[:, None]
-        u, v = hits["u"].take(hit), hits["v"].take(hit)
-        colours = colours_at(mesh, hits["primID"].take(hit), np.stack([1 - u - v, u, v], axis=1))
         colours *= light[:, None]
         return light, colours
 
 
-def _images(
-    mesh: Mesh, cast: RayCaster, rig: CameraRig
-) -> tuple[UInt8[np.ndarray, "v h w 3"], UInt16[np.ndarray, "v h w"]]:
+def _images(scene: _Scene, rig: CameraRig) -> tuple[UInt8[np.ndarray, "v h w 3"], UInt16[np.ndarray, "v h w"]]:
     """Shaded images with smooth edges, and depth in the middle of each pixel."""
     size = rig.image_size
     views = np.full((rig.num_views, size, size, 3), BACKGROUND, dtype=np.uint8)
     depth = np.zeros((rig.num_views, size, size), dtype=np.uint16)
-    across, windows = _across(rig), _windows(mesh, rig)
+    across, windows = _across(rig), _windows(scene.mesh, rig)
     positions, rotations = (frames.astype(np.float32) for frames in camera_frames(rig))
     for view, (origins, directions) in enumerate(_view_rays(rig)):
         camera = _Camera(positions[view], rotations[view], rig)
         left, top, right, bottom = windows[view]
         height, width = bottom - top, right - left
         x, y = (grid.reshape(-1) for grid in np.broadcast_arrays(across[left:right], across[top:bottom, None]))
-        hits = cast(
+        hits = scene.cast(
             origins[top:bottom, left:right].reshape(-1, 3),
             directions[top:bottom, left:right].reshape(-1, 3),
             output=True,
         )
         hit = np.flatnonzero(hits["primID"] >= 0)
-        light, colours = camera.shades(mesh, hits, hit, x.take(hit), y.take(hit))
+        light, colours = camera.shades(scene, hits, hit, x.take(hit), y.take(hit))
 
         window = np.full((height * width, colours.shape[1]), BACKGROUND, dtype=np.float32)
         window[hit] = colours
         lights = np.full(height * width, _NO_LIGHT, dtype=np.float32)
         lights[hit] = light
         edge = _edges(lights.reshape(height, width))
-        window[edge] = _supersampled(window[edge], mesh, cast, camera, x.take(edge), y.take(edge))
+        window[edge] = _supersampled(window[edge], scene, camera, x.take(edge), y.take(edge))
         window += np.float32(0.5)
         views[view, top:bottom, left:right] = window.astype(np.uint8).reshape(height, width, -1)
         seen = np.zeros(height * width, dtype=np.uint16)
@@ -215,8 +252,7 @@ def _edges(lights: Float32[np.ndarray, "h w"]) -> Int64[np.ndarray, " n"]:
 
 def _supersampled(
     middles: Float32[np.ndarray, "n c"],
-    mesh: Mesh,
-    cast: RayCaster,
+    scene: _Scene,
     camera: _Camera,
     x: Float32[np.ndarray, " n"],
     y: Float32[np.ndarray, " n"],
@@ -224,9 +260,9 @@ def _supersampled(
     """Mean colour of pixels over their middle, which is known, and more places inside."""
     right, down = np.array(_MORE_PLACES, dtype=np.float32).T / np.float32(camera.rig.focal_length)
     there_x, there_y = (x[:, None] + right).reshape(-1), (y[:, None] + down).reshape(-1)
-    hits = cast(*camera.rays(there_x, there_y), output=True)
+    hits = scene.cast(*camera.rays(there_x, there_y), output=True)
     hit = np.flatnonzero(hits["primID"] >= 0)
-    _, colours = camera.shades(mesh, hits, hit, there_x.take(hit), there_y.take(hit))
+    _, colours = camera.shades(scene, hits, hit, there_x.take(hit), there_y.take(hit))
     there = np.full((len(there_x), middles.shape[1]), BACKGROUND, dtype=np.float32)
     there[hit] = colours
     total: Float32[np.ndarray, "n c"] = middles + there.reshape(len(middles), len(_MORE_PLACES), -1).sum(axis=1)
@@ -243,11 +279,6 @@ def _windows(mesh: Mesh, rig: CameraRig) -> list[tuple[int, int, int, int]]:
     first = np.clip(np.floor(pixels.min(axis=0)) - 1, 0, rig.image_size).astype(int)
     last = np.clip(np.ceil(pixels.max(axis=0)) + 2, 0, rig.image_size).astype(int)
     return [(left, top, right, bottom) for (left, top), (right, bottom) in zip(first, last, strict=True)]
-
-
-def _is_plain(mesh: Mesh) -> bool:
-    """Whether nothing says what colour the mesh has."""
-    return mesh.face_colours is None and mesh.vertex_colours is None and mesh.face_textures is None
 
 
 def colours_at(

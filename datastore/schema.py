@@ -8,7 +8,7 @@ store has those fields that its source and its making gave: no colours without c
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 
 Writer = Literal["ingest", "cache"]
 Codec = Literal["none", "lz4", "zstd"]

@@ -1,13 +1,15 @@
 """Fills a store block by block, so that a writer may be killed at any moment and any number may work at once.
 
 A writer encodes the shards of a block in memory, puts each as one whole object, and creates the block's commit record
-last. The record carries size and checksum of every shard. Nothing else tells a finished block from an unfinished one:
-what a killed writer left has no record and is overwritten by whoever does the block next. `publish` gathers the
-records into the next manifest, which is what readers see.
+last. The record carries size and CRC-32 of every shard. (Not CRC-32C: the chunks of a shard end in theirs, and what ends
+in its own checksum leaves no trace in a longer one of the same kind. All shards of one size would have the same.)
+Nothing else tells a finished block from an unfinished one: what a killed writer left has no record and is overwritten by
+whoever does the block next. `publish` gathers the records into the next manifest, which is what readers see.
 """
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -55,7 +57,7 @@ _LONGEST_REASON: Final = 300
 class CommitRecord(BaseModel, extra="forbid", frozen=True):
     """What a finished block consists of."""
 
-    shards: dict[str, tuple[tuple[NonNegativeInt, NonNegativeInt], ...]]  # by field: size and crc32c of each shard
+    shards: dict[str, tuple[tuple[NonNegativeInt, NonNegativeInt], ...]]  # by field: size and crc32 of each shard
     quarantine: dict[str, tuple[int, ...]] = {}  # rows that hold no shape, by reason
     splits: Runs = ()  # of ingest: the field `split`, as (value, how many rows in a row)
 
@@ -109,11 +111,13 @@ class OpenBlock:
         self._shards = {stored.field.name: _ShardBuilder(stored, self._first, self._end) for stored in writer.fields}
         self._sums: dict[str, list[tuple[int, int]]] = {name: [] for name in self._shards}
         self._next_row = self._first
+        self._is_broken = False  # a shard of it could not be put
         self._yielded = False  # a shard was left to another writer, who had finished the block
         self._kept: dict[str, list[np.ndarray]] = {name: [] for name in ("split", "id") if name in self._shards}
 
     def append(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Takes the next rows of every field, and puts the shards that they complete."""
+        self._refuse_broken()
         lengths = self._checked_lengths(arrays)
         self._next_row += lengths
         if self._next_row > self._end:
@@ -122,12 +126,15 @@ class OpenBlock:
             )
         for name, kept in self._kept.items():
             kept.append(arrays[name].copy())
+        self._is_broken = True
         for name, builder in self._shards.items():
             for shard_name, content in builder.add(arrays[name]):
                 self._put_shard(name, shard_name, content)
+        self._is_broken = False
 
     def commit(self, quarantine: Sequence[QuarantinedRow] = ()) -> None:
         """Says that the block is complete. `quarantine` names every row whose split is QUARANTINED, and why."""
+        self._refuse_broken()
         if self._next_row != self._end:
             raise StoreError(
                 f"{self._where} has rows {self._first} to {self._end - 1}; got {self._next_row - self._first}."
@@ -142,6 +149,14 @@ class OpenBlock:
         # a record of ours would vouch for shards that the other wrote, and theirs may have been withdrawn since
         if self._yielded or not self._folder.create(self._record_name, _as_document(record)):
             self._yield_to_other(record)
+
+    def _refuse_broken(self) -> None:
+        """Whoever queues rows hears of a failure late: what was queued behind it must not make a record for what is not there."""
+        if self._is_broken:
+            raise ViewpointError(
+                f"{self._where} was given up when one of its shards could not be written. It counts as unfinished: the "
+                f"same command redoes it."
+            )
 
     def _check_quarantine(self, quarantine: Sequence[QuarantinedRow]) -> None:
         """Rows without a shape and the list of reasons must agree: readers go by the one, people by the other."""
@@ -160,7 +175,7 @@ class OpenBlock:
                 )
 
     def _put_shard(self, field: str, shard_name: str, content: bytes) -> None:
-        self._sums[field].append((len(content), _crc32c(content)))
+        self._sums[field].append((len(content), zlib.crc32(content)))
         # another writer may have finished the block meanwhile: what it vouched for stays as it is
         if self._folder.exists(self._record_name):
             self._yielded = True
@@ -183,7 +198,7 @@ class OpenBlock:
             name
             for field, sums in theirs.shards.items()
             for name, expected in zip(self._shards[field].shard_names, sums, strict=True)
-            if _size_and_crc32c(self._folder, name) != expected
+            if _size_and_crc32(self._folder, name) != expected
         ]
         if damaged:
             withdraw(self._store, self._scope, [self._block])
@@ -275,7 +290,7 @@ class _ShardBuilder:
         index[: len(lengths), 0] = np.cumsum(lengths) - lengths
         index[: len(lengths), 1] = lengths
         index_bytes = index.tobytes()
-        content = b"".join([*self._chunks, index_bytes, _crc32c(index_bytes).to_bytes(4, "little")])
+        content = b"".join([*self._chunks, index_bytes, int(google_crc32c.value(index_bytes)).to_bytes(4, "little")])
         self._chunks = []
         self._next_shard += 1
         return content
@@ -356,7 +371,7 @@ class _PublishedShard:
     name: str
     rows: tuple[int, int]
     size: int
-    crc32c: int
+    crc32: int
 
 
 def _published_shards(store: Store) -> Iterator[_PublishedShard]:
@@ -364,36 +379,36 @@ def _published_shards(store: Store) -> Iterator[_PublishedShard]:
         published = store.manifest.scope(scope)
         for stored in store.fields_of(scope) if published.block_ranges else ():
             sums = published.shards[stored.field.name]
-            for shard, (size, crc32c) in enumerate(zip(sums.sizes, sums.crc32c, strict=True)):
+            for shard, (size, crc32) in enumerate(zip(sums.sizes, sums.crc32, strict=True)):
                 if size:
                     first = shard * stored.shard_rows
                     rows = first, min(first + stored.shard_rows, stored.num_rows)
                     block = first // store.attributes.block_rows
-                    yield _PublishedShard(scope, block, stored.shard_name(shard), rows, size, crc32c)
+                    yield _PublishedShard(scope, block, stored.shard_name(shard), rows, size, crc32)
 
 
 def _shard_problem(folder: ObjectFolder, shard: _PublishedShard) -> str | None:
     where = f"{shard.name} (rows {shard.rows[0]} to {shard.rows[1] - 1})"
-    found = _size_and_crc32c(folder, shard.name)
+    found = _size_and_crc32(folder, shard.name)
     if found is None:
         return f"{where} is missing"
-    size, crc32c = found
+    size, crc32 = found
     if size != shard.size:
         return f"{where} has {size:,} bytes, its manifest says {shard.size:,}"
-    if crc32c != shard.crc32c:
-        return f"{where} has checksum {crc32c:08x}, its manifest says {shard.crc32c:08x}"
+    if crc32 != shard.crc32:
+        return f"{where} has checksum {crc32:08x}, its manifest says {shard.crc32:08x}"
     return None
 
 
-def _size_and_crc32c(folder: ObjectFolder, name: str) -> tuple[int, int] | None:
-    size, crc32c = 0, 0
+def _size_and_crc32(folder: ObjectFolder, name: str) -> tuple[int, int] | None:
+    size, crc32 = 0, 0
     try:
         for piece in folder.pieces(name, _VERIFY_PIECE_BYTES):
             size += len(piece)
-            crc32c = int(google_crc32c.extend(crc32c, piece))
+            crc32 = zlib.crc32(piece, crc32)
     except FileNotFoundError:
         return None
-    return size, crc32c
+    return size, crc32
 
 
 def _gather(store: Store, scope: str, published: ScopeManifest) -> ScopeManifest:
@@ -412,9 +427,15 @@ def _gather(store: Store, scope: str, published: ScopeManifest) -> ScopeManifest
         sizes, sums = [0] * stored.num_shards, [0] * stored.num_shards
         for block, record in records.items():
             first = block * store.attributes.block_rows // stored.shard_rows
-            for offset, (size, crc32c) in enumerate(record.shards[stored.field.name]):
-                sizes[first + offset], sums[first + offset] = size, crc32c
-        shards[stored.field.name] = ShardSums(sizes=tuple(sizes), crc32c=tuple(sums))
+            first_row, end_row = store.block_range(block)
+            if len(record.shards.get(stored.field.name, ())) != -(-(end_row - first_row) // stored.shard_rows):
+                raise StoreError(
+                    f"{store.url}/{commit_name(scope, block)} does not name every shard of {stored.field.name!r}. Remove "
+                    f"it and run the command that wrote it again: it redoes that block."
+                )
+            for offset, (size, crc32) in enumerate(record.shards[stored.field.name]):
+                sizes[first + offset], sums[first + offset] = size, crc32
+        shards[stored.field.name] = ShardSums(sizes=tuple(sizes), crc32=tuple(sums))
     quarantine = _rows_by_reason(
         (row, reason) for record in records.values() for reason, rows in record.quarantine.items() for row in rows
     )
@@ -445,7 +466,7 @@ def _records_known(
         for stored in fields:
             first, end = (row // stored.shard_rows for row in (block * block_rows, (block + 1) * block_rows))
             sums = published.shards[stored.field.name]
-            shards[stored.field.name] = tuple(zip(sums.sizes[first:end], sums.crc32c[first:end], strict=True))
+            shards[stored.field.name] = tuple(zip(sums.sizes[first:end], sums.crc32[first:end], strict=True))
         record = CommitRecord(
             shards=shards,
             quarantine=_rows_by_reason(iter(quarantine.get(block, []))),
@@ -481,7 +502,3 @@ def _as_document(model: BaseModel) -> bytes:
 def _parse_record(content: bytes, where: str) -> CommitRecord:
     mend = "Remove it and run the command that wrote it again: it redoes that block."
     return parse_document(CommitRecord, content, where, mend)
-
-
-def _crc32c(content: bytes) -> int:
-    return int(google_crc32c.value(content))

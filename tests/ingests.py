@@ -100,6 +100,6 @@ def assert_sound(url: str, undisturbed: Store) -> None:
     assert store.quarantine == []
     for name, sums in store.manifest.scope(INGEST).shards.items():
         expected = undisturbed.manifest.scope(INGEST).shards[name]
-        pairs = zip(sums.sizes, sums.crc32c, expected.sizes, expected.crc32c, strict=True)
-        wrong = [shard for shard, (size, crc32c, *right) in enumerate(pairs) if size and [size, crc32c] != right]
+        pairs = zip(sums.sizes, sums.crc32, expected.sizes, expected.crc32, strict=True)
+        wrong = [shard for shard, (size, crc32, *right) in enumerate(pairs) if size and [size, crc32] != right]
         assert wrong == [], f"{len(wrong)} shards of {name} in {store}"

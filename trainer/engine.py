@@ -20,7 +20,8 @@ from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, Positive
 from torch import Tensor, nn
 
 from datastore.batch import Batch
-from datastore.errors import AskedWrongly, DoNotRetry
+from datastore.errors import DoNotRetry
+from datastore.order import choose_micro_batch
 from trainer.distributed import World, uses_gpu
 from trainer.schedule import ScheduleConfig
 
@@ -78,15 +79,7 @@ class BatchSplit:
 
 def split_batch(global_batch: int, world_size: int, max_micro_batch: int) -> BatchSplit:
     """The largest micro-batch that is allowed and divides a rank's share of the global batch."""
-    if global_batch % world_size:
-        fitting = ", ".join(str(world) for world in range(1, 2 * world_size + 1) if global_batch % world == 0)
-        raise AskedWrongly(
-            f"A global batch of {global_batch} cannot be shared equally by {world_size} processes. Use a number of "
-            f"processes that divides it ({fitting} ...), or set global_batch to a multiple of {world_size}."
-        )
-    share = global_batch // world_size
-    micro_batch = max(size for size in range(1, min(share, max_micro_batch) + 1) if share % size == 0)
-    return BatchSplit(micro_batch, share // micro_batch)
+    return BatchSplit(*choose_micro_batch(global_batch, world_size, max_micro_batch))
 
 
 class Engine:

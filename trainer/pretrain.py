@@ -88,6 +88,7 @@ def pretrain(config: "RunConfig", folder: "RunFolder", world: "World", stop: "th
             world_size=world.size,
             seed=config.seed,
             start=position.samples_seen,
+            pin_memory=engine.device.type == "cuda",
         )
         closing.enter_context(stream)
         total_steps = config.total_steps(stream.steps_per_epoch)

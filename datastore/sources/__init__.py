@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final, Literal, Protocol, Self, get_args
 
@@ -15,6 +15,7 @@ from datastore.sources.files import SourceFiles
 
 Axis = Literal["+X", "-X", "+Y", "-Y", "+Z", "-Z"]
 AXES: Final[tuple[Axis, ...]] = get_args(Axis)
+_NAMED_LICENCES: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,10 @@ class Listing:
                 f"{times} shapes are named {most_common!r} (at {', '.join(places[:3])}): give each a name of its own"
             )
         for shape in self.shapes:
+            if not shape.id.isascii() and any("\ud800" <= letter <= "\udfff" for letter in shape.id):
+                raise SourceError(
+                    f"{shape.id!r} is the name of a file in another encoding than UTF-8, and a store keeps text: rename it"
+                )
             if not -1 <= shape.label < len(self.class_names):
                 raise SourceError(
                     f"{shape.id!r} has label {shape.label}, but there are {len(self.class_names)} classes"
@@ -165,6 +170,14 @@ def _chosen_format(files: SourceFiles, format_name: str | None) -> type[Source]:
             f"{files.url}: {files.describe()} Known formats:\n{_table(formats)}\n--format F skips this guess."
         )
     return found
+
+
+def listed_licence(licences: Iterable[str]) -> str:
+    """What to say of a source whose shapes have these licences, which each shape keeps for itself."""
+    known = sorted({licence for licence in licences if licence})
+    if len(known) > _NAMED_LICENCES:
+        return f"{len(known)} licences, one a shape"
+    return ", ".join(known) or "unknown"
 
 
 def require_count(what: str, found: int, promised: int, options: ReadingOptions) -> None:

@@ -12,15 +12,27 @@ SPLIT_ORDER: Final = ("train", "val", "test")
 _SPLIT_OF_FOLDER: Final = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 
 
-def class_and_split(place: str) -> tuple[str, str]:
-    """Both from the folders above a file: a split is known by its name, and the class is the first of the others.
+def classes_and_splits(places: Sequence[str]) -> list[tuple[str, str]]:
+    """Both for each file, from the folders above it: a split is known by its name, and the class is the first of the others.
 
-    Without a class it is "", and without a split it is for training.
+    Without a class it is "", and without a split it is for training. A class may be named like a split (trains are
+    vehicles too): where all files have a split's name at one level, that level is the split, of several the lowest.
     """
-    folders = PurePosixPath(place).parts[:-1]
-    splits = [_SPLIT_OF_FOLDER[name.lower()] for name in folders if name.lower() in _SPLIT_OF_FOLDER]
-    classes = [name for name in folders if name.lower() not in _SPLIT_OF_FOLDER]
-    return (classes[0] if classes else ""), (splits[0] if splits else "train")
+    folders = [PurePosixPath(place).parts[:-1] for place in places]
+    shallowest = min(map(len, folders), default=0)
+    levels = [
+        level for level in range(shallowest) if all(above[level].lower() in _SPLIT_OF_FOLDER for above in folders)
+    ]
+    return [_class_and_split(above, levels[-1] if levels else None) for above in folders]
+
+
+def _class_and_split(folders: Sequence[str], level: int | None) -> tuple[str, str]:
+    if level is None:
+        level = next((place for place, name in enumerate(folders) if name.lower() in _SPLIT_OF_FOLDER), None)
+    if level is None:
+        return (folders[0] if folders else ""), "train"
+    others = [*folders[:level], *folders[level + 1 :]]
+    return (others[0] if others else ""), _SPLIT_OF_FOLDER[folders[level].lower()]
 
 
 def ids_of(places: Sequence[str]) -> list[str]:

@@ -6,7 +6,9 @@ The renders are 3D-R2N2's (24 of 137 pixels) or DISN's (36 of 224, easy and hard
     R2N2   azimuth elevation in-plane distance-ratio field-of-view
     DISN   [azimuth,elevation,pitch,distance-ratio,focal-length,sensor-size,max-distance,shift-x,shift-y,shift-z],
 
-Angles are in degrees, lengths in ShapeNet v1's units. Both count azimuth from +X towards +Z, which is 90 degrees less
+Angles are in degrees, lengths in ShapeNet v1's units. R2N2's fifth column, 25 throughout, is not what it was rendered with:
+its camera is the same as DISN's, 35 mm before a sensor of 32 (the intrinsic matrix that Mesh R-CNN took out of Blender
+has a focal length of 2.1875 half widths, which is 35 / 16). Both count azimuth from +X towards +Z, which is 90 degrees less
 this in `cameras.py`; DISN moves the object along the axes of a world with +Z up, which are x, -z and y in ShapeNet's.
 """
 
@@ -36,7 +38,10 @@ _NUM_SHAPES: Final = 43_783
 _VARIANTS: Final = ("easy", "hard")
 _MODELS_LOOKED_AT: Final = 64  # to learn what the renders are; the first ones may be missing
 
-_R2N2_MAX_DISTANCE: Final = 1.75  # what its distance ratios are ratios of; DISN says so in each line
+# Of R2N2's camera; DISN says them in each line. Its distance ratios are ratios of the first.
+_R2N2_MAX_DISTANCE: Final = 1.75
+_R2N2_FOCAL_LENGTH: Final = 35.0  # millimetres
+_R2N2_SENSOR_SIZE: Final = 32.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class CrossPointPairs:
         self.listing = listing
         self._renders = renders
         self._renders_root = renders_root
+        self._files = SourceFiles(url)
 
     @classmethod
     def recognises(cls, files: SourceFiles) -> bool:
@@ -124,7 +130,7 @@ class CrossPointPairs:
 
     def load(self, shape: ShapeReference) -> Shape:
         """One cloud, and all renders of it with their cameras."""
-        files = SourceFiles(self.url)
+        files = self._files
         images = self.listing.images
         assert images is not None, "open always sets them"
         cloud = self._cloud(files, shape.place)
@@ -164,10 +170,15 @@ def _camera(row: Sequence[float]) -> list[float]:
     azimuth, elevation, in_plane, ratio = row[:4]
     turned = (90.0 - azimuth) % 360.0
     if len(row) == _R2N2.num_columns:
-        return [turned, elevation, in_plane, ratio * _R2N2_MAX_DISTANCE, row[4], math.nan, math.nan, math.nan]
+        field_of_view = _field_of_view(_R2N2_FOCAL_LENGTH, _R2N2_SENSOR_SIZE)
+        return [turned, elevation, in_plane, ratio * _R2N2_MAX_DISTANCE, field_of_view, math.nan, math.nan, math.nan]
     focal_length, sensor_size, max_distance, shift_x, shift_y, shift_z = row[4:]
-    field_of_view = 2 * math.degrees(math.atan(sensor_size / 2 / focal_length))
+    field_of_view = _field_of_view(focal_length, sensor_size)
     return [turned, elevation, in_plane, ratio * max_distance, field_of_view, shift_x, shift_z, -shift_y]
+
+
+def _field_of_view(focal_length: float, sensor_size: float) -> float:
+    return 2 * math.degrees(math.atan(sensor_size / 2 / focal_length))
 
 
 def _metadata(text: str, where: str) -> list[list[float]]:

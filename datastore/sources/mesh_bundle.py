@@ -20,7 +20,7 @@ from jaxtyping import Int64, UInt8
 from datastore.errors import SourceError
 from datastore.mesh import Mesh
 from datastore.shape import Shape
-from datastore.sources import Listing, ReadingOptions, ShapeError, ShapeReference, SourceImages
+from datastore.sources import Listing, ReadingOptions, ShapeError, ShapeReference, SourceImages, listed_licence
 from datastore.sources.files import SourceFiles
 from datastore.sources.mesh_parts import DECODING_FAILS, on_white
 
@@ -46,6 +46,7 @@ class MeshBundle:
     def __init__(self, url: str, listing: Listing) -> None:
         self.url = url
         self.listing = listing
+        self._files = SourceFiles(url)
 
     @classmethod
     def recognises(cls, files: SourceFiles) -> bool:
@@ -79,7 +80,7 @@ class MeshBundle:
             class_names=class_names,
             splits=(*(name for name in _SPLIT_ORDER if name in splits), *sorted(splits - set(_SPLIT_ORDER))),
             extra_views=_extra_views(files, turntables),
-            licence=", ".join(sorted({row["licence"] for row in rows if row.get("licence")})) or "unknown",
+            licence=listed_licence(row.get("licence", "") for row in rows),
             content=checksums,
         )
         return cls(files.url, listing)
@@ -100,14 +101,12 @@ class MeshBundle:
         )
 
     def _pictures(self, offset: int, size: int) -> UInt8[np.ndarray, "e h w 3"]:
-        with SourceFiles(self.url).open(_TURNTABLES) as file:
-            file.seek(offset)
-            return _frames(file.read(size))
+        return _frames(self._files.read_range(_TURNTABLES, offset, size))
 
     @cached_property
     def _arrays(self) -> dict[str, np.ndarray]:
         """Uncompressed arrays where they lie on disk. Compressed ones in memory: any mesh costs reading all before it."""
-        files = SourceFiles(self.url)
+        files = self._files
         where = files.where(_MESHES)
         try:
             with files.open_whole(_MESHES) as file, zipfile.ZipFile(file) as archive:
@@ -270,15 +269,13 @@ def _extra_views(files: SourceFiles, turntables: dict[str, tarfile.TarInfo]) -> 
     if not turntables:
         return None
     reason: ShapeError | None = None
-    with files.open(_TURNTABLES) as file:
-        for member in turntables.values():
-            file.seek(member.offset_data)
-            try:
-                frames = _frames(file.read(member.size))
-            except ShapeError as error:
-                reason = reason or error
-                continue
-            return SourceImages(num_views=len(frames), image_size=frames.shape[1])
+    for member in turntables.values():
+        try:
+            frames = _frames(files.read_range(_TURNTABLES, member.offset_data, member.size))
+        except ShapeError as error:
+            reason = reason or error
+            continue
+        return SourceImages(num_views=len(frames), image_size=frames.shape[1])
     raise SourceError(f"{files.where(_TURNTABLES)}: not one of {len(turntables):,} turntables can be read: {reason}.")
 
 

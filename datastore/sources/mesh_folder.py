@@ -8,7 +8,7 @@ from typing import ClassVar, Final, Self
 from datastore.errors import AskedWrongly, SourceError
 from datastore.shape import Shape
 from datastore.sources import Axis, Listing, ReadingOptions, ShapeReference, require_count
-from datastore.sources.class_folders import SPLIT_ORDER, class_and_split, ids_of, sizes_of
+from datastore.sources.class_folders import SPLIT_ORDER, classes_and_splits, ids_of, sizes_of
 from datastore.sources.files import SourceFiles
 from datastore.sources.mesh_files import COLOURED_SUFFIXES, MESH_SUFFIXES, read_mesh
 
@@ -41,6 +41,7 @@ class MeshFolder:
     def __init__(self, url: str, listing: Listing) -> None:
         self.url = url
         self.listing = listing
+        self._files = SourceFiles(url)
 
     @classmethod
     def recognises(cls, files: SourceFiles) -> bool:
@@ -67,7 +68,8 @@ class MeshFolder:
             raise SourceError(f"{files.url}: {files.describe()} No file below it ends in {' '.join(MESH_SUFFIXES)}.")
         places = [file.path for file in listed]
         variant = options.variant or _modelnet_of(places)
-        found = [_class_and_split(place, variant) for place in places]
+        # ModelNet's archives unpack into folders of their names, which are no classes
+        found = classes_and_splits(places if variant is None else ["/".join(place.split("/")[-3:]) for place in places])
         class_of, split_of = [class_name for class_name, _ in found], [split for _, split in found]
         if variant is None:
             class_names = tuple(sorted(set(class_of) - {""}))
@@ -94,7 +96,7 @@ class MeshFolder:
 
     def load(self, shape: ShapeReference) -> Shape:
         """One file as one mesh: all parts of its scene, each where the scene puts it."""
-        return Shape(read_mesh(SourceFiles(self.url), shape.place))
+        return Shape(read_mesh(self._files, shape.place))
 
 
 def _modelnet_of(places: Sequence[str]) -> str | None:
@@ -104,8 +106,3 @@ def _modelnet_of(places: Sequence[str]) -> str | None:
     if not all(matches):
         return None
     return next((variant for variant, (known, _, _) in _MODELNETS.items() if names <= set(known)), None)
-
-
-def _class_and_split(place: str, variant: str | None) -> tuple[str, str]:
-    """Both from the folders above a file. ModelNet's archive unpacks into a folder of its name, which is no class."""
-    return class_and_split(place if variant is None else "/".join(PurePosixPath(place).parts[-3:]))

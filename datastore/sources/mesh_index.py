@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final, Self
 
 from datastore.errors import SourceError
 from datastore.shape import Shape
-from datastore.sources import Listing, ReadingOptions, ShapeReference
+from datastore.sources import Listing, ReadingOptions, ShapeReference, listed_licence
 from datastore.sources.files import SourceFiles
 from datastore.sources.mesh_files import COLOURED_SUFFIXES, MESH_SUFFIXES, read_mesh
 
@@ -53,6 +53,7 @@ class MeshIndex:
     def __init__(self, url: str, listing: Listing) -> None:
         self.url = url
         self.listing = listing
+        self._files = SourceFiles(url)
 
     @classmethod
     def recognises(cls, files: SourceFiles) -> bool:
@@ -80,14 +81,14 @@ class MeshIndex:
             class_names=class_names,
             splits=(*(split for split in _SPLIT_ORDER if split in splits), *sorted(splits - set(_SPLIT_ORDER))),
             coloured=any(PurePosixPath(row.path).suffix.lower() in COLOURED_SUFFIXES for row in rows),
-            licence=", ".join(sorted({row.licence for row in rows} - {""})) or "unknown",
+            licence=listed_licence(row.licence for row in rows),
             content=hashlib.sha256((text + sizes).encode()).hexdigest(),
         )
         return cls(files.url, listing)
 
     def load(self, shape: ShapeReference) -> Shape:
         """The file that a row names."""
-        return Shape(read_mesh(*_located(SourceFiles(self.url), shape.place)))
+        return Shape(read_mesh(*_located(self._files, shape.place)))
 
 
 def _located(files: SourceFiles, path: str) -> tuple[SourceFiles, str]:
@@ -95,7 +96,8 @@ def _located(files: SourceFiles, path: str) -> tuple[SourceFiles, str]:
     if "://" not in path and not path.startswith(("/", "../")):
         return files, path
     if path.startswith("../"):
-        folder = files.where("")
+        # of a local table the whole path: its URL may be a bare name, which has nothing above it
+        folder = files.root if files.is_local else files.where("")
         while path.startswith("../"):
             folder, path = folder.rpartition("/")[0], path.removeprefix("../")
         path = f"{folder}/{path}"

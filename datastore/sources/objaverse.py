@@ -40,6 +40,7 @@ class Objaverse:
     def __init__(self, url: str, listing: Listing) -> None:
         self.url = url
         self.listing = listing
+        self._files = SourceFiles(url)
 
     @classmethod
     def recognises(cls, files: SourceFiles) -> bool:
@@ -81,7 +82,7 @@ class Objaverse:
 
     def load(self, shape: ShapeReference) -> Shape:
         """One object, in its rest pose."""
-        return Shape(read_mesh(SourceFiles(self.url), shape.place))
+        return Shape(read_mesh(self._files, shape.place))
 
 
 def _read_paths(files: SourceFiles) -> dict[str, str]:

@@ -17,7 +17,7 @@ import numpy as np
 from datastore.errors import AskedWrongly, SourceError
 from datastore.shape import PointCloud, Shape
 from datastore.sources import Listing, ReadingOptions, ShapeError, ShapeReference
-from datastore.sources.class_folders import SPLIT_ORDER, class_and_split, ids_of, sizes_of
+from datastore.sources.class_folders import SPLIT_ORDER, classes_and_splits, ids_of, sizes_of
 from datastore.sources.files import File, SourceFiles
 from datastore.sources.ply_cloud import read_ply_cloud, read_ply_header
 from datastore.sources.shape_file import as_colours, as_normals, as_points, parse_numbers, read_array, read_shape_file
@@ -52,6 +52,7 @@ class PointFolder:
     def __init__(self, url: str, listing: Listing) -> None:
         self.url = url
         self.listing = listing
+        self._files = SourceFiles(url)
 
     @classmethod
     def recognises(cls, files: SourceFiles) -> bool:
@@ -81,7 +82,7 @@ class PointFolder:
             raise SourceError(f"{files.url}: {files.describe()} No file below it ends in {' '.join(POINT_SUFFIXES)}.")
         places = [file.path for file in listed]
         first = _first_cloud(files, places)
-        facts = [class_and_split(place) for place in places]
+        facts = classes_and_splits(places)
         class_names = tuple(sorted({class_name for class_name, _ in facts} - {""}))
         label_of = {"": -1} | {name: label for label, name in enumerate(class_names)}
         splits = {split for _, split in facts}
@@ -101,7 +102,7 @@ class PointFolder:
 
     def load(self, shape: ShapeReference) -> Shape:
         """One file as one cloud."""
-        return Shape(_read(SourceFiles(self.url), shape.place))
+        return Shape(_read(self._files, shape.place))
 
 
 def _is_cloud(files: SourceFiles, place: str) -> bool | None:

@@ -27,6 +27,7 @@ class PointCmtViews:
         self.url = url
         self.listing = listing
         self._clouds = clouds
+        self._files = SourceFiles(url)
 
     @classmethod
     def recognises(cls, files: SourceFiles) -> bool:
@@ -52,7 +53,7 @@ class PointCmtViews:
         images = self.listing.images
         assert images is not None, "open always sets them"
         cloud = self._clouds.load(shape).geometry
-        return Shape(cloud, Images(read_views(SourceFiles(self.url), _view_paths(shape), images.image_size)))
+        return Shape(cloud, Images(read_views(self._files, _view_paths(shape), images.image_size)))
 
 
 def _view_paths(shape: ShapeReference) -> list[str]:

@@ -106,6 +106,7 @@ class PointMcdTree:
         self._base = base
         self._views = views
         self._visibility = visibility
+        self._files = SourceFiles(url)
 
     @classmethod
     def recognises(cls, files: SourceFiles) -> bool:
@@ -161,7 +162,7 @@ class PointMcdTree:
 
     def load(self, shape: ShapeReference) -> Shape:
         """One cloud, its views, and which of its points each view sees."""
-        files = SourceFiles(self.url)
+        files = self._files
         tree, images = self._tree, self.listing.images
         assert images is not None, "open always sets them"
         class_name = shape.id[:-_SUFFIX_OF_NAME]

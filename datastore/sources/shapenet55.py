@@ -37,6 +37,7 @@ class ShapeNet55:
     def __init__(self, url: str, listing: Listing) -> None:
         self.url = url
         self.listing = listing
+        self._files = SourceFiles(url)
 
     @classmethod
     def recognises(cls, files: SourceFiles) -> bool:
@@ -79,7 +80,7 @@ class ShapeNet55:
 
     def load(self, shape: ShapeReference) -> Shape:
         """One cloud, and the image of it where the source has images."""
-        files = SourceFiles(self.url)
+        files = self._files
         where = files.where(shape.place)
         points = read_array(files, shape.place)
         if points.shape != _SHAPE:

@@ -33,6 +33,7 @@ class ShapeNetPartTxt:
     def __init__(self, url: str, listing: Listing) -> None:
         self.url = url
         self.listing = listing
+        self._files = SourceFiles(url)
 
     @classmethod
     def recognises(cls, files: SourceFiles) -> bool:
@@ -71,7 +72,7 @@ class ShapeNetPartTxt:
 
     def load(self, shape: ShapeReference) -> Shape:
         """One file. ShapeError where a point is of a part that another category has."""
-        files = SourceFiles(self.url)
+        files = self._files
         where = files.where(shape.place)
         values = read_numbers(files, shape.place)
         if values.shape[1] != _NUM_COLUMNS:

@@ -34,6 +34,7 @@ class Ulip:
         self.url = url
         self.listing = listing
         self._clouds = clouds
+        self._files = SourceFiles(url)
 
     @classmethod
     def recognises(cls, files: SourceFiles) -> bool:
@@ -65,7 +66,7 @@ class Ulip:
         images = self.listing.images
         assert images is not None, "open always sets them"
         cloud = self._clouds.load(shape).geometry
-        return Shape(cloud, Images(read_views(SourceFiles(self.url), _view_paths(shape), images.image_size)))
+        return Shape(cloud, Images(read_views(self._files, _view_paths(shape), images.image_size)))
 
 
 def _class_names(files: SourceFiles) -> tuple[str, ...]:

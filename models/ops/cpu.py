@@ -8,22 +8,19 @@ bit, ties included, at a fifth of its time and less; where very many points tie 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
-
-from models.ops.reference import pad_to_power_of_two
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 
-_BLOCK: Final = 1 << 18  # distances a thread works on at a time: 1 MB, to stay in a core's cache
-_STAGE: Final = 1 << 23  # distances that one matrix product of features yields
-_FEW_FEATURES: Final = 8  # up to here numpy multiplies faster than torch, block by block
-_UNTHREADED: Final = 1 << 18  # multiply-adds up to which OpenBLAS starts no threads of its own
+_BLOCK: Final = 1 << 19  # distances a thread works on at a time: 2 MB, to stay in cache
 _NO_KEY: Final = np.iinfo(np.int64).max
 
 Job = TypeVar("Job")
@@ -49,21 +46,22 @@ def farthest_points(points: Tensor, start: Tensor, num_samples: int) -> Tensor:
             nearest[rows, last] = -1  # below every distance: never chosen again
             last = chosen[clouds, step] = nearest.argmax(axis=1)
 
-    share = -(-len(points) // torch.get_num_threads())
-    _in_threads(sample, [slice(first, first + share) for first in range(0, len(points), share)])
+    _in_threads(sample, _shares(len(points)))
     return torch.from_numpy(chosen)
 
 
 def nearest_neighbours(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Indices and squared distances [b, m, k], ascending, of equals the lowest index first."""
-    keys = np.empty((*queries.shape[:2], k), np.int64)
+    indices = np.empty((*queries.shape[:2], k), np.int64)
+    squared = np.empty(indices.shape, np.float32)
 
     def find(tile: _Tile, block: _Block) -> None:
-        keys[tile] = block.nearest(k).reshape(keys[tile].shape)
+        keys = block.nearest(k).reshape(indices[tile].shape)
+        np.bitwise_and(keys, 0xFFFFFFFF, out=indices[tile])
+        squared[tile] = (keys >> 32).astype(np.int32).view(np.float32)
 
     _for_each_block(find, queries, points, most_copies=k)
-    found = torch.from_numpy(keys)
-    return found & 0xFFFFFFFF, (found >> 32).int().view(torch.float32)
+    return torch.from_numpy(indices), torch.from_numpy(squared)
 
 
 def ball_query(centres: Tensor, points: Tensor, squared_radius: float, k: int) -> Tensor:
@@ -93,11 +91,14 @@ class _Block:
         """The k nearest points of each query as sorted keys [c * r, k]: the bits of the distance, then the index."""
         bound = _least(self.approximate, k) + 2 * self.errors
         # Negated, so that what is not a number, after an overflow, is a candidate too
-        rows, columns = np.divmod(np.flatnonzero(~(self.approximate > bound)), self.approximate.shape[1])
-        counts = np.bincount(rows, minlength=len(bound))
-        keys = np.full((len(bound), counts.max()), _NO_KEY)
-        places = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-        keys[rows, places] = self.exact(rows, columns).view(np.int32).astype(np.int64) << 32 | columns
+        candidates = _sparse_places(~(self.approximate > bound))
+        firsts, counts = self.rows_of(candidates)
+        rows = np.repeat(np.arange(len(counts)), counts)
+        columns = candidates - rows * self.approximate.shape[1]
+        width = counts.max()
+        keys = np.full((len(counts), width), _NO_KEY)
+        places = np.arange(len(candidates)) + np.repeat(np.arange(0, keys.size, width) - firsts, counts)
+        keys.reshape(-1)[places] = self.exact(rows, columns).view(np.int32).astype(np.int64) << 32 | columns
         keys.sort(axis=1)
         return keys[:, :k]
 
@@ -107,14 +108,20 @@ class _Block:
         within = self.approximate < squared_radius - self.errors
         unsure = np.flatnonzero(~within & ~(self.approximate > squared_radius + self.errors))
         within.reshape(-1)[unsure] = self.exact(*np.divmod(unsure, num_points)) < squared_radius
-        counts = np.count_nonzero(within, axis=1)[:, None]
+        found = np.flatnonzero(within)
+        firsts, counts = (each[:, None] for each in self.rows_of(found))
         slots = np.arange(k)
-        places = np.cumsum(counts)[:, None] - counts + np.where(slots < counts, slots, 0)
-        found = np.append(np.flatnonzero(within), 0)  # one more, for empty rows to point to
-        result: Integers = found[places] % num_points
+        places = firsts + np.where(slots < counts, slots, 0)
+        result: Integers = np.append(found, 0)[places] % num_points  # one more, for empty rows to point to
         for row in np.flatnonzero(counts == 0):
             result[row] = self.exact(np.full(num_points, row), np.arange(num_points)).argmin()
         return result
+
+    def rows_of(self, places: Integers) -> tuple[Integers, Integers]:
+        """For each row where its first one among these ascending places in the block comes, and how many are its own."""
+        num_rows, num_points = self.approximate.shape
+        bounds = np.searchsorted(places, np.arange(num_rows + 1) * num_points)
+        return bounds[:-1], np.diff(bounds)
 
     def exact(self, rows: Integers, columns: Integers) -> Floats:
         """Squared distances of these pairs, to the reference's bit."""
@@ -144,52 +151,70 @@ def _least(distances: Floats, k: int) -> Floats:
     return groups[:, k - 1 : k]
 
 
+def _sparse_places(mask: npt.NDArray[np.bool_]) -> Integers:
+    """As `flatnonzero`, which where few are true mispredicts at each of them; eight at a time that takes half the time."""
+    if mask.size % 8:
+        return np.flatnonzero(mask)
+    words = mask.reshape(-1).view(np.uint64)
+    word_places = np.flatnonzero(words != 0)
+    within = np.flatnonzero(words[word_places].view(np.bool_))
+    places: Integers = word_places[within >> 3]
+    places <<= 3
+    places += within & 7
+    return places
+
+
 def _for_each_block(
     function: Callable[[_Tile, _Block], None], queries: Tensor, points: Tensor, most_copies: int | None = None
 ) -> None:
     """Calls the function on blocks that together hold all queries with all points of their clouds, in threads.
 
-    Of identical points only the first `most_copies` need to be candidates.
+    Of identical points only the first `most_copies` need to be candidates. There is no torch in here: its threads would
+    go on spinning for a while and take the processors from ours.
     """
-    # Around their centre coordinates are small, and so is what the product loses
-    centre = points.mean(dim=1, keepdim=True)
-    left, right = queries - centre, points - centre
-    left_squares, right_squares = left.square().sum(-1, keepdim=True), right.square().sum(-1, keepdim=True)
-    largest = torch.maximum(left_squares.amax((1, 2)), right_squares.amax((1, 2))).numpy()
-    errors = _rounding(queries.shape[-1]) * largest + np.finfo(np.float32).tiny
-    if most_copies is not None:
-        _move_copies_away(right_squares, right, most_copies)
-    left = torch.cat([-2 * left, left_squares, torch.ones_like(left_squares)], dim=-1)
-    right = torch.cat([right, torch.ones_like(right_squares), right_squares], dim=-1).transpose(1, 2)
-    padded_queries, padded_points = pad_to_power_of_two(queries).numpy(), pad_to_power_of_two(points).numpy()
+    all_queries, all_points = queries.numpy(), points.numpy()
+    num_clouds, num_queries, width = queries.shape
+    num_points = points.shape[1]
+    left = np.empty((num_clouds, num_queries, width + 2), np.float32)
+    right = np.empty((num_clouds, num_points, width + 2), np.float32)
+    errors = np.empty((num_clouds, 1, 1), np.float32)
 
-    def call(tile: _Tile, approximate: Floats) -> None:
+    def prepare(clouds: slice) -> None:
+        """Factors whose product is |q|² - 2 q·p + |p|², around the points' centre, where little is lost."""
+        centre = all_points[clouds].mean(axis=1, keepdims=True)
+        largest = 0.0
+        for factor, features in ((left[clouds], all_queries[clouds]), (right[clouds], all_points[clouds])):
+            centred = factor[..., :width]
+            np.subtract(features, centre, out=centred)
+            squares = np.einsum("bnd,bnd->bn", centred, centred)
+            largest = np.maximum(largest, squares.max(axis=1))
+            factor[..., width] = squares
+        left[clouds, :, :width] *= -2
+        left[clouds, :, width + 1] = 1
+        errors[clouds, 0, 0] = _rounding(width) * largest + np.finfo(np.float32).tiny
+        squares = right[clouds, :, width]
+        if most_copies is not None:
+            squares = np.where(_has_many_before(squares, all_points[clouds], most_copies), np.inf, squares)
+        right[clouds, :, width + 1] = squares
+        right[clouds, :, width] = 1
+
+    padded_queries, padded_points = _padded(all_queries), _padded(all_points)
+
+    def call(tile: _Tile) -> None:
         clouds, _ = tile
-        _, num_rows, num_points = approximate.shape
+        approximate = left[tile] @ right[clouds].transpose(0, 2, 1)
+        num_rows = approximate.shape[1]
         block = _Block(
             padded_queries[tile],
             padded_points[clouds],
             approximate.reshape(-1, num_points),
-            np.repeat(errors[clouds], num_rows)[:, None],
+            np.broadcast_to(errors[clouds], (len(approximate), num_rows, 1)).reshape(-1, 1),
         )
         function(tile, block)
 
-    shape = (len(queries), queries.shape[1], points.shape[1])
-    if queries.shape[-1] <= _FEW_FEATURES:
-        left_array, right_array = left.numpy(), right.numpy()
-        _in_threads(lambda tile: call(tile, _multiply(left_array[tile], right_array[tile[0]])), _tiles(shape, _BLOCK))
-        return
-    stages = _tiles(shape, _STAGE)
-    room = torch.from_numpy(np.empty(left[stages[0]].shape[:2].numel() * shape[2], np.float32))
-    for clouds, rows in stages:
-        product = _multiply_features(left[clouds, rows], right[clouds], room)
-
-        def call_on_part(
-            part: _Tile, first_cloud: int = clouds.start, first_row: int = rows.start, product: Floats = product
-        ) -> None:
-            call((_moved(part[0], first_cloud), _moved(part[1], first_row)), product[part])
-
-        _in_threads(call_on_part, _tiles(product.shape, _BLOCK))
+    with _blas().limit(limits=1, user_api="blas"):  # the threads are ours
+        _in_threads(prepare, _shares(num_clouds))
+        _in_threads(call, _tiles((num_clouds, num_queries, num_points), _BLOCK))
 
 
 def _rounding(num_features: int) -> np.float32:
@@ -201,42 +226,41 @@ def _rounding(num_features: int) -> np.float32:
     return np.float32(8 * (num_features + 8) * np.finfo(np.float32).eps)
 
 
-def _multiply(left: Floats, right: Floats) -> Floats:
-    """Matrix products [c, r, n], in portions that OpenBLAS works off in the thread that calls it."""
-    num_clouds, num_rows, width = left.shape
-    product = np.empty((num_clouds, num_rows, right.shape[2]), np.float32)
-    portion = max(1, _UNTHREADED // (width * right.shape[2]))
-    for first in range(0, num_rows, portion):
-        rows = slice(first, first + portion)
-        np.matmul(left[:, rows], right, out=product[:, rows])
-    return product
-
-
-def _multiply_features(left: Tensor, right: Tensor, room: Tensor) -> Floats:
-    """Matrix products, in as many threads as torch uses; in numpy where torch was told to multiply in less than float32."""
-    product = room[: left.shape[0] * left.shape[1] * right.shape[2]].view(*left.shape[:2], -1)
-    if torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee"):  # type: ignore[attr-defined]  # missing in its stub
-        torch.bmm(left, right, out=product)
-    else:
-        np.matmul(left.numpy(), right.numpy(), out=product.numpy())
-    return product.numpy()
-
-
-def _move_copies_away(squares: Tensor, points: Tensor, most_copies: int) -> None:
-    """Makes the squared norms [b, n, 1] infinite of points with `most_copies` identical ones before them.
+def _has_many_before(norms: Floats, points: Floats, most_copies: int) -> npt.NDArray[np.bool_]:
+    """Which points [b, n] have `most_copies` identical ones before them.
 
     Where a cloud's points are largely one and the same, every one of them would be everyone's candidate.
     """
-    norms = squares.squeeze(-1)
-    ascending = np.sort(norms.numpy(), axis=1)
+    ascending = np.sort(norms, axis=1)
     if not (ascending[:, most_copies:] == ascending[:, :-most_copies]).any():
-        return
-    order = norms.argsort(dim=1, stable=True)
-    ordered = points.gather(1, order[..., None].expand_as(points))
-    places = torch.arange(norms.shape[1]).expand_as(order)
-    is_copy = torch.nn.functional.pad((ordered[:, 1:] == ordered[:, :-1]).all(dim=-1), (1, 0))
-    num_before = places - torch.where(is_copy, 0, places).cummax(dim=1).values
-    squares.masked_fill_(torch.zeros_like(is_copy).scatter_(1, order, num_before >= most_copies)[..., None], torch.inf)
+        return np.zeros(norms.shape, np.bool_)
+    order = norms.argsort(axis=1, kind="stable")
+    ordered = np.take_along_axis(points, order[..., None], axis=1)
+    is_copy = np.zeros(norms.shape, np.bool_)
+    is_copy[:, 1:] = (ordered[:, 1:] == ordered[:, :-1]).all(axis=-1)
+    places = np.arange(norms.shape[1])
+    num_before = places - np.maximum.accumulate(np.where(is_copy, 0, places), axis=1)
+    result = np.empty_like(is_copy)
+    np.put_along_axis(result, order, num_before >= most_copies, axis=1)
+    return result
+
+
+def _padded(features: Floats) -> Floats:
+    """With zeros after the last feature, up to a power of two."""
+    width = features.shape[-1]
+    return np.pad(features, ((0, 0), (0, 0), (0, (1 << (width - 1).bit_length()) - width)))
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    """Sets the number of threads that numpy's matrix products use."""
+    return ThreadpoolController()
+
+
+def _shares(num_clouds: int) -> list[slice]:
+    """All clouds, cut into a part for each thread."""
+    share = -(-num_clouds // torch.get_num_threads())
+    return [slice(first, first + share) for first in range(0, num_clouds, share)]
 
 
 def _tiles(shape: tuple[int, int, int], size: int) -> list[_Tile]:
@@ -249,10 +273,6 @@ def _tiles(shape: tuple[int, int, int], size: int) -> list[_Tile]:
         for cloud in range(0, num_clouds, clouds)
         for row in range(0, num_rows, rows)
     ]
-
-
-def _moved(part: slice, by: int) -> slice:
-    return slice(part.start + by, part.stop + by)
 
 
 def _in_threads(function: Callable[[Job], None], jobs: Sequence[Job]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from models.ops.checks import check_clouds, check_no_nan, check_same_clouds
 from models.ops.neighbours import gather, nearest_neighbours
+from models.ops.opaque import opaque
 from models.ops.reference import squared_distances
 
 _AVOIDS_INFINITE_SLOPE: Final = 1e-12  # added under the root of a squared distance
@@ -89,7 +90,10 @@ def match_by_auction(
     return matching
 
 
-@torch.library.custom_op("viewpoint::match_by_auction", mutates_args=())
+@opaque(
+    "match_by_auction(Tensor predicted, Tensor target, float epsilon, int max_rounds) -> Tensor",
+    like=lambda predicted, target, epsilon, max_rounds: predicted.new_empty(predicted.shape[:2], dtype=torch.int64),
+)
 def _match_by_auction(predicted: Tensor, target: Tensor, epsilon: float, max_rounds: int) -> Tensor:
     """All rows of all clouds without a partner bid at once, each round; names of rows and columns count through clouds."""
     check_no_nan(predicted=predicted, target=target)
@@ -121,11 +125,6 @@ def _match_by_auction(predicted: Tensor, target: Tensor, epsilon: float, max_rou
     if len(rows):
         column_of[rows] = _offers(costs, prices, rows)[0]
     return column_of.view(num_clouds, num_points) % num_points
-
-
-@_match_by_auction.register_fake
-def _(predicted: Tensor, target: Tensor, epsilon: float, max_rounds: int) -> Tensor:
-    return predicted.new_empty(predicted.shape[:2], dtype=torch.int64)
 
 
 def _in_full_precision(points: Tensor) -> Tensor:

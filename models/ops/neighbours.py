@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.ops.checks import check_clouds, check_count, check_indices, check_no_nan, check_same_clouds
+from models.ops.opaque import opaque
 from models.ops.tiers import implementation
 
 
@@ -134,27 +135,24 @@ def _sum_by_row(gradient: Tensor, rows: Tensor, weights: Tensor | None, num_rows
     )
 
 
-@torch.library.custom_op("viewpoint::nearest_neighbours", mutates_args=())
+@opaque(
+    "nearest_neighbours(Tensor queries, Tensor points, int k) -> (Tensor, Tensor)",
+    like=lambda queries, points, k: (
+        queries.new_empty(*queries.shape[:2], k, dtype=torch.int64),
+        queries.new_empty(*queries.shape[:2], k),
+    ),
+)
 def _nearest_neighbours(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """An operation of its own, so that torch.compile passes it by instead of looking inside; so is the next."""
     check_no_nan(queries=queries, points=points)
     indices, squared = implementation(queries, points).nearest_neighbours(queries, points, k)
     return indices, squared
 
 
-@_nearest_neighbours.register_fake
-def _(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    shape = (*queries.shape[:2], k)
-    return queries.new_empty(shape, dtype=torch.int64), queries.new_empty(shape)
-
-
-@torch.library.custom_op("viewpoint::ball_query", mutates_args=())
+@opaque(
+    "ball_query(Tensor centres, Tensor points, float squared_radius, int k) -> Tensor",
+    like=lambda centres, points, squared_radius, k: centres.new_empty(*centres.shape[:2], k, dtype=torch.int64),
+)
 def _ball_query(centres: Tensor, points: Tensor, squared_radius: float, k: int) -> Tensor:
     check_no_nan(centres=centres, points=points)
     indices: Tensor = implementation(centres, points).ball_query(centres, points, squared_radius, k)
     return indices
-
-
-@_ball_query.register_fake
-def _(centres: Tensor, points: Tensor, squared_radius: float, k: int) -> Tensor:
-    return centres.new_empty((*centres.shape[:2], k), dtype=torch.int64)

@@ -5,6 +5,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from models.ops.checks import check_clouds, check_count, check_indices, check_no_nan
+from models.ops.opaque import opaque
 from models.ops.tiers import implementation
 
 
@@ -29,14 +30,11 @@ def farthest_points(
     return indices
 
 
-@torch.library.custom_op("viewpoint::farthest_points", mutates_args=())
+@opaque(
+    "farthest_points(Tensor points, Tensor start, int num_samples) -> Tensor",
+    like=lambda points, start, num_samples: start.new_empty(len(points), num_samples),
+)
 def _farthest_points(points: Tensor, start: Tensor, num_samples: int) -> Tensor:
-    """An operation of its own, so that torch.compile passes it by instead of looking inside."""
     check_no_nan(points=points)
     indices: Tensor = implementation(points).farthest_points(points, start, num_samples)
     return indices
-
-
-@_farthest_points.register_fake
-def _(points: Tensor, start: Tensor, num_samples: int) -> Tensor:
-    return start.new_empty(len(points), num_samples)

@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import trimesh
+from PIL import Image
 
 from datastore import ingest as stage
 from datastore.cameras import rig_by_name
@@ -376,3 +377,29 @@ def test_clouds_become_rows_with_splats_and_estimated_visibility(tmp_path: Path)
     assert "normals" not in store.fields
     # each camera sees the half of a ball that faces it, less what lies beyond the tangents from where it stands
     assert 0.3 < store.read("visibility", [0]).mean() < 0.45
+
+
+def test_the_same_source_by_another_path_goes_on(tmp_path: Path) -> None:
+    box = np.asarray(trimesh.creation.box().vertices)
+    write_off(tmp_path / "meshes/box/train/a.off", box)
+    (tmp_path / "link").symlink_to(tmp_path / "meshes")
+    first = ingest(open_source(str(tmp_path / "meshes")), str(tmp_path / "s"), **OPTIONS, num_workers=1)
+    again = ingest(open_source(str(tmp_path / "link")), str(tmp_path / "s"), **OPTIONS, num_workers=1)
+    assert (first.written, again.written, again.resumed) == (1, 0, 1)
+
+
+def test_a_rig_for_images_that_the_source_brings_is_refused_with_both_ways_out(tmp_path: Path) -> None:
+    folder = tmp_path / "shapenet"
+    (folder / "shapenet_pc").mkdir(parents=True)
+    (folder / "shapenet_img").mkdir()
+    (folder / "ShapeNet-55").mkdir()
+    name = "02691156-a"
+    np.save(folder / f"shapenet_pc/{name}.npy", np.random.default_rng(0).normal(size=(8192, 3)).astype(np.float32))
+    Image.new("RGB", (16, 16), "red").save(folder / f"shapenet_img/{name}.png")
+    for split in ("train", "test"):
+        (folder / f"ShapeNet-55/{split}.txt").write_text(f"{name}.npy\n" if split == "train" else "")
+    parser = argparse.ArgumentParser()
+    stage.add_arguments(parser)
+    words = [str(folder), str(tmp_path / "s"), "--partial", "--format", "shapenet55", "--image-size", "16"]
+    with pytest.raises(AskedWrongly, match=r"brings its own images.*--views rendered to render, or --views source"):
+        stage.run(parser.parse_args(words))

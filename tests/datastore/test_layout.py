@@ -227,7 +227,7 @@ def test_an_unknown_schema_version_is_refused(tmp_path: Path) -> None:
         lambda: open_store(tmp_path),
         lambda: create_store(tmp_path, small_attributes(), ("split", "id")),
     ):
-        with pytest.raises(StoreError, match=r"has schema version 99; this Viewpoint reads version 2. Use the"):
+        with pytest.raises(StoreError, match=r"has schema version 99; this Viewpoint reads version 3. Use the"):
             call()
 
 

@@ -10,7 +10,7 @@ import trimesh
 from datastore.cameras import RIG_NAMES, CameraRig, camera_frames, pixel_rays, rig_by_name
 from datastore.errors import DoNotRetry
 from datastore.mesh import Mesh
-from datastore.render import BACKGROUND, NEUTRAL_GREY, colours_at, decode_depth, encode_depth, render
+from datastore.render import BACKGROUND, NEUTRAL_GREY, colours_at, decode_depth, encode_depth, render, smooth_images
 from datastore.sample import SurfaceSamples, sample_surface
 
 RIGS = [*RIG_NAMES, "ring?views=5&elevations=20&distance=2", "angles?at=10/35,70/-80&projection=orthographic"]
@@ -322,6 +322,28 @@ def test_a_texture_finer_than_the_pixels_is_seen_as_its_mean() -> None:
     inside = view[12:21, 12:21].astype(int)
     assert np.ptp(inside) <= 2
     assert 80 < inside.mean() <= 107  # under the light that it faces
+
+
+def test_normals_at_corners_make_a_coarse_ball_look_as_a_fine_one() -> None:
+    rig = rig_by_name("angles?at=20/30,140/-40", 96)
+    coarse, fine = (mesh_of(trimesh.creation.icosphere(subdivisions)) for subdivisions in (2, 5))
+    samples = samples_on(coarse, 10)
+    smooth, depth = smooth_images(coarse, coarse.vertices[coarse.faces], rig)
+    flat, exact = (render(mesh, samples.points, samples.normals, rig) for mesh in (coarse, fine))
+    assert np.array_equal(depth, flat.depth)
+    both = (depth > 0) & (exact.depth > 0)
+    apart, flat_apart = (np.abs(views.astype(int) - exact.views)[both].mean() for views in (smooth, flat.views))
+    assert apart < 2 < 4 < flat_apart  # outlines stay coarse
+
+
+@pytest.mark.parametrize("rig_name", ["angles?at=20/30", "axes3"])
+def test_with_the_faces_own_normals_at_their_corners_nothing_changes(rig_name: str) -> None:
+    rig, mesh = rig_by_name(rig_name, 64), box()
+    first, second, third = mesh.vertices[mesh.faces].transpose(1, 0, 2)
+    normals = np.repeat(np.cross(second - first, third - first)[:, None], 3, axis=1)
+    samples = samples_on(mesh, 10)
+    views, _ = smooth_images(mesh, normals, rig)
+    assert np.abs(views.astype(int) - render(mesh, samples.points, samples.normals, rig).views).max() <= 1
 
 
 def test_without_the_ray_caster_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

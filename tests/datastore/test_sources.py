@@ -64,11 +64,14 @@ def test_a_source_stands_on_the_axis_that_was_named(tmp_path: Path) -> None:
     assert open_source(str(tmp_path), options=ReadingOptions(up_axis="-Z")).listing.up_axis == "-Z"
 
 
-def test_a_url_of_a_file_has_its_folder_as_root(tmp_path: Path) -> None:
+def test_a_url_of_a_file_has_its_folder_as_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "list.csv").write_text("path\n")
     files = SourceFiles(tmp_path / "list.csv")
     assert (files.single_file, files.where("a.off")) == ("list.csv", f"{tmp_path}/a.off")
     assert files.text("list.csv") == "path\n"
+    monkeypatch.chdir(tmp_path)
+    files = SourceFiles("list.csv")
+    assert (files.where("a.off"), files.where(""), files.text("list.csv")) == ("a.off", "", "path\n")
 
 
 @pytest.mark.parametrize(
@@ -77,6 +80,7 @@ def test_a_url_of_a_file_has_its_folder_as_root(tmp_path: Path) -> None:
         ([], "no shapes"),
         ([ShapeReference("a", 2, "train", "")], "label 2, but there are 2 classes"),
         ([ShapeReference("a", 0, "dev", "")], "split 'dev'"),
+        ([ShapeReference("caf\udce9", 0, "train", "")], r"'caf\\udce9' is the name of a file in another encoding than"),
     ],
 )
 def test_a_listing_that_contradicts_itself_is_refused(shapes: list[ShapeReference], message: str) -> None:

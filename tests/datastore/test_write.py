@@ -443,6 +443,25 @@ def test_verifying_finds_a_damaged_shard_and_withdrawing_it_mends_the_store(
     assert verify(open_store(tmp_path)) == []
 
 
+def test_verifying_tells_whole_shards_of_one_size_from_each_other(tmp_path: Path) -> None:
+    """Chunks end in their own checksums: one of the same kind over the shard would be the same for all of one size."""
+    stores = []
+    for seed in (0, 1):
+        store = write_small_store(str(tmp_path / str(seed)), small_attributes(num_rows=32), FEW_FIELDS, seed=seed)
+        scope = create_teacher(store, small_teacher())
+        write_blocks(store, BlockWriter(store, scope).pending(), scope, seed)
+        publish(store)
+        stores.append(open_store(store.url))
+    features = next(name for name in stores[0].fields if name.endswith("view_features"))
+    for name in (features, "id"):
+        ours, theirs = (shard_path(store, name, 0) for store in stores)
+        assert ours.stat().st_size == theirs.stat().st_size and ours.read_bytes() != theirs.read_bytes()
+        ours.write_bytes(theirs.read_bytes())
+    assert [problem.partition(" ")[0] for problem in verify(stores[0])] == [
+        stores[0].field(name).shard_name(0) for name in ("id", features)
+    ]
+
+
 def test_verifying_checks_the_description_of_arrays(tmp_path: Path) -> None:
     store = write_small_store(str(tmp_path), fields=FEW_FIELDS)
     (tmp_path / "id/zarr.json").unlink()
@@ -466,6 +485,33 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
 
 
 # What a block takes
+
+
+def test_a_block_of_which_a_shard_could_not_be_put_is_never_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last rows may be on their way already when the store refuses one put, and take the ones after it."""
+    store = create_store(tmp_path, small_attributes(num_rows=80, block_rows=64), schema.INGEST_FIELDS)
+    arrays = sample_arrays(store)
+    opened = BlockWriter(store).open_block(0)
+    put, refused = store.folder.put, list[str]()
+
+    def refuses_once(name: str, content: bytes) -> None:
+        if not refused:
+            refused.append(name)
+            raise TimeoutError("the server did not answer")
+        put(name, content)
+
+    monkeypatch.setattr(store.folder, "put", refuses_once)
+    opened.append({name: array[:48] for name, array in arrays.items()})
+    with pytest.raises(TimeoutError):
+        opened.append({name: array[48:64] for name, array in arrays.items()})
+    given_up = r"block 0 of 'ingest' in .* was given up when one of its shards"
+    with pytest.raises(ViewpointError, match=given_up):
+        opened.append({name: array[:0] for name, array in arrays.items()})
+    with pytest.raises(ViewpointError, match=given_up):
+        opened.commit()
+    assert BlockWriter(store).pending() == [0, 1]
 
 
 def test_rows_that_do_not_fit_the_fields_are_refused(tmp_path: Path) -> None:

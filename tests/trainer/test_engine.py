@@ -81,7 +81,7 @@ def test_a_parameter_without_axes_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize(
     ("global_batch", "world", "limit", "expected"),
-    [(64, 4, 32, (16, 1)), (64, 1, 32, (32, 2)), (48, 2, 10, (8, 3)), (7, 1, 4, (1, 7)), (6, 6, 32, (1, 1))],
+    [(64, 4, 32, (16, 1)), (64, 1, 32, (32, 2)), (48, 2, 10, (8, 3)), (9, 1, 4, (3, 3)), (6, 3, 32, (2, 1))],
 )
 def test_the_global_batch_stays_whatever_the_world(
     global_batch: int, world: int, limit: int, expected: tuple[int, int]

@@ -109,8 +109,10 @@ def test_r2n2_cameras_are_turned_into_this_projects_angles(tmp_path: Path) -> No
     cameras = images.cameras
     assert cameras is not None
     assert (cameras.shape, cameras.dtype) == ((24, 8), np.float32)
-    assert cameras[0, :5].tolist() == pytest.approx([90, 25, 0, 0.6 * 1.75, 25])
-    assert cameras[10, :5].tolist() == pytest.approx([(90 - 155) % 360, 26, 0, 0.7 * 1.75, 25])
+    # the files say 25 degrees; a focal length of 2.1875 half widths is what the images show
+    field_of_view = 2 * math.degrees(math.atan(1 / 2.1875))
+    assert cameras[0, :5].tolist() == pytest.approx([90, 25, 0, 0.6 * 1.75, field_of_view])
+    assert cameras[10, :5].tolist() == pytest.approx([(90 - 155) % 360, 26, 0, 0.7 * 1.75, field_of_view])
     assert np.isnan(cameras[:, 5:]).all()  # it says nothing of a shift
 
 

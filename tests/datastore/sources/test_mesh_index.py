@@ -81,6 +81,25 @@ def test_paths_may_lead_out_of_the_folder(tmp_path: Path) -> None:
     assert sizes == [4, 1, 4]
 
 
+@pytest.mark.parametrize("url", ["some.csv", ".", "../lists"])
+def test_paths_may_lead_out_of_the_folder_that_one_stands_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    write_meshes(tmp_path / "meshes")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/some.csv").write_text("path\n../meshes/b.stl\n../meshes/chairs/a.off\n")
+    (tmp_path / "lists/index.csv").write_text("path\n../meshes/b.stl\n../meshes/chairs/c.off\n")
+    monkeypatch.chdir(tmp_path / "lists")
+    if url == "some.csv":
+        source = open_source(url)
+        assert all(isinstance(source.load(shape).geometry, Mesh) for shape in source.listing.shapes)
+    else:
+        with pytest.raises(
+            SourceError, match=r"index.csv, line 3: there is no file '../meshes/chairs/c.off' \(and 0 more"
+        ):
+            open_source(url)
+
+
 def test_other_content_behind_the_same_table_is_another_list(tmp_path: Path) -> None:
     write_meshes(tmp_path)
     (tmp_path / "index.csv").write_text(as_csv(ROWS))

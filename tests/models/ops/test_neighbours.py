@@ -69,12 +69,10 @@ def test_ties_go_to_the_lowest_index(
                 )
 
 
-def test_blocks_and_stages_of_the_fast_path_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_the_fast_path_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     from models.ops import cpu
 
     monkeypatch.setattr(cpu, "_BLOCK", 1000)
-    monkeypatch.setattr(cpu, "_STAGE", 7000)
-    monkeypatch.setattr(cpu, "_UNTHREADED", 500)
     before = torch.get_num_threads()
     for num_threads, num_clouds, num_points in ((1, 2, 150), (3, 5, 70), (2, 40, 9), (1, 1, 8000)):
         coordinates, features = random(num_clouds, num_points, 3), random(num_clouds, num_points, 16)
@@ -90,15 +88,14 @@ def test_blocks_and_stages_of_the_fast_path_join_without_a_seam(monkeypatch: pyt
             torch.set_num_threads(before)
 
 
-def test_a_lower_matrix_precision_does_not_change_neighbours() -> None:
-    points = random(2, 200, 32)
-    expected = nearest_neighbours(points, points, 10)
-    for precision in ("high", "medium"):
-        torch.set_float32_matmul_precision(precision)
-        try:
-            assert_same(nearest_neighbours(points, points, 10), (expected.indices, expected.squared_distances))
-        finally:
-            torch.set_float32_matmul_precision("highest")
+def test_numpys_matrix_products_get_their_threads_back() -> None:
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    points = random(2, 20, 3)
+    with threadpool_limits(2, user_api="blas"):
+        before = threadpool_info()
+        nearest_neighbours(points, points, 3)
+        assert threadpool_info() == before
 
 
 @pytest.mark.parametrize("tier", TIERS)
