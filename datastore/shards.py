@@ -144,7 +144,7 @@ class ShardReader:
 
     def _version(self, shard: int) -> str:
         """What tells a shard from another one that had its name before."""
-        return f"{self._sums.sizes[shard]}-{self._sums.crc32c[shard]:08x}"
+        return f"{self._sums.sizes[shard]}-{self._sums.crc32[shard]:08x}"
 
     def _decode(self, encoded: memoryview, target: np.ndarray) -> None:
         if self.stored.field.codec == "none":
