@@ -63,6 +63,8 @@ DEFAULT_LIMIT_GIB: Final = 1.5
 _NUM_POINTS: Final = 2048
 _RIG: Final = "azimuth12"
 _IMAGE_SIZE: Final = 224
+_LEAST_IMAGE_SIZE: Final = 8
+_LARGEST_ROW_BYTES: Final = 2**29
 _APPEND_ROWS: Final = 16  # rows handed to the writer at a time: a chunk of most fields
 _POLL_SECONDS: Final = 0.2
 _LISTED: Final = 3
@@ -168,10 +170,12 @@ examples:
 
 def run(arguments: argparse.Namespace) -> int:
     """The exit code of `viewpoint ingest`."""
-    for option in ("image_size", "points", "workers", "limit_seconds_per_shape", "limit_gib_per_worker"):
+    for option in ("points", "workers", "limit_seconds_per_shape", "limit_gib_per_worker"):
         value = getattr(arguments, option)
         if value is not None and not value > 0:
             raise AskedWrongly(f"--{option.replace('_', '-')} must be above zero, not {value}.")
+    if arguments.image_size is not None and arguments.image_size < _LEAST_IMAGE_SIZE:
+        raise AskedWrongly(f"--image-size must be {_LEAST_IMAGE_SIZE} pixels or more, not {arguments.image_size}.")
     options = ReadingOptions(arguments.partial, arguments.allow_pickle, arguments.variant, arguments.up)
     source = open_source(arguments.source, arguments.format, options)
     print(f"{source.url}: {describe_listing(source)}", file=sys.stderr)
@@ -371,9 +375,18 @@ def _attributes(
             "extra_views": listing.extra_views.num_views,
             "extra_image_size": listing.extra_views.image_size,
         }
+    points_per_shape = num_points or listing.num_points or _NUM_POINTS
+    # coordinates, normals and pixels of a point, colours and depth of a pixel: the largest fields
+    row_bytes = points_per_shape * (32 + 4 * seen["num_views"]) + 5 * seen["num_views"] * seen["image_size"] ** 2
+    if row_bytes > _LARGEST_ROW_BYTES:
+        raise AskedWrongly(
+            f"A shape with {points_per_shape:,} points and {seen['num_views']:,} views of {seen['image_size']:,} pixels takes "
+            f"{row_bytes / 2**30:,.1f} GiB, and {_LARGEST_ROW_BYTES / 2**30:g} GiB is the most. Lower --points, --image-size or the "
+            f"number of views."
+        )
     return StoreAttributes(
         num_rows=len(listing.shapes),
-        points_per_shape=num_points or listing.num_points or _NUM_POINTS,
+        points_per_shape=points_per_shape,
         block_rows=default_block_rows(len(listing.shapes)),
         class_names=listing.class_names,
         part_names=listing.part_names,

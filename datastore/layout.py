@@ -454,6 +454,7 @@ class Store:
         stored = self.field(field)
         wanted = np.asarray(rows if isinstance(rows, np.ndarray) else list(rows), dtype=np.int64)
         self._check_rows(stored, wanted)
+        self._check_shards(stored, wanted)
         array = self._arrays.get(field)
         if array is None:
             array = self._arrays[field] = zarr.open_array(self._zarr_store, path=stored.path, mode="r")
@@ -511,6 +512,26 @@ class Store:
     def is_complete(self, scope: str = INGEST) -> bool:
         """Whether every block of a scope is there."""
         return len(self.manifest.scope(scope).blocks) == self.num_blocks
+
+    def _check_shards(self, stored: StoredField, rows: np.ndarray) -> None:
+        """Refuses shards that are gone or cut short: zarr would read them as rows of zeros."""
+        sizes = self.manifest.scope(stored.scope).shards[stored.field.name].sizes
+        for shard in np.unique(rows // stored.shard_rows):
+            name = stored.shard_name(int(shard))
+            if name in self._sound_shards:
+                continue
+            found = self.folder.size(name)
+            if found != sizes[shard]:
+                there = "is missing" if found is None else f"has {found:,} bytes"
+                raise StoreError(
+                    f"{self.url}/{name} {there}, and its manifest says {sizes[shard]:,}. `viewpoint inspect {self.url} "
+                    f"--verify` lists everything that is damaged; restore it from a copy, or ingest again."
+                )
+            self._sound_shards.add(name)
+
+    @cached_property
+    def _sound_shards(self) -> set[str]:
+        return set()
 
     def _check_rows(self, stored: StoredField, rows: np.ndarray) -> None:
         if not len(rows):

@@ -228,7 +228,8 @@ def _images(scene: _Scene, rig: CameraRig) -> tuple[UInt8[np.ndarray, "v h w 3"]
         lights = np.full(height * width, _NO_LIGHT, dtype=np.float32)
         lights[hit] = light
         edge = _edges(lights.reshape(height, width))
-        window[edge] = _supersampled(window[edge], scene, camera, x.take(edge), y.take(edge))
+        if len(edge):  # a flat shape seen from its side has none
+            window[edge] = _supersampled(window[edge], scene, camera, x.take(edge), y.take(edge))
         window += np.float32(0.5)
         views[view, top:bottom, left:right] = window.astype(np.uint8).reshape(height, width, -1)
         seen = np.zeros(height * width, dtype=np.uint16)

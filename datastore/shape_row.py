@@ -159,7 +159,7 @@ class RowMaker:
             "id": np.array(shape.id),
             "label": np.array(shape.label, np.int64),
             "split": np.array(split, np.uint8),
-            "licence": np.array(shape.licence or self.source.listing.licence),
+            "licence": np.array(shape.licence or "unknown"),  # only where shapes have licences of their own
         }
 
 

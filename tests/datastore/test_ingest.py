@@ -403,3 +403,29 @@ def test_a_rig_for_images_that_the_source_brings_is_refused_with_both_ways_out(t
     words = [str(folder), str(tmp_path / "s"), "--partial", "--format", "shapenet55", "--image-size", "16"]
     with pytest.raises(AskedWrongly, match=r"brings its own images.*--views rendered to render, or --views source"):
         stage.run(parser.parse_args(words))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--points", "1000000000"], r"A shape with 1,000,000,000 points .* GiB is the most"),
+        (["--rig", "ring?views=1000000"], r"1,000,000 views of 224 pixels"),
+        (["--image-size", "1"], r"--image-size must be 8 pixels or more, not 1"),
+    ],
+)
+def test_what_no_machine_could_hold_is_refused_before_anything_is_written(
+    tmp_path: Path, words: list[str], message: str
+) -> None:
+    parser = argparse.ArgumentParser()
+    stage.add_arguments(parser)
+    with pytest.raises(AskedWrongly, match=message):
+        stage.run(parser.parse_args(["demo://shapes?count=2", str(tmp_path / "s"), *words]))
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_shape_without_a_licence_of_its_own_has_no_other_ones(tmp_path: Path) -> None:
+    for name in "ab":
+        write_off(tmp_path / f"{name}.off", np.asarray(trimesh.creation.box().vertices))
+    (tmp_path / "index.csv").write_text("path,licence\na.off,CC0\nb.off,\n")
+    ingest(open_source(str(tmp_path / "index.csv")), str(tmp_path / "s"), **OPTIONS, num_workers=1)
+    assert list(open_store(str(tmp_path / "s")).read("licence", [0, 1])) == ["CC0", "unknown"]

@@ -395,3 +395,14 @@ def test_a_manifest_knows_the_splits_of_complete_blocks(tmp_path: Path) -> None:
     for number, name in enumerate(opened.splits):
         assert np.array_equal(opened.rows(name), complete[split == number])
     assert np.array_equal(opened.rows(), complete[split != schema.QUARANTINED])
+
+
+@pytest.mark.parametrize("content", [None, b""])
+def test_a_shard_that_is_gone_or_empty_is_no_row_of_zeros(tmp_path: Path, content: bytes | None) -> None:
+    write_small_store(str(tmp_path))
+    shard = tmp_path / "points/c/1/0/0"
+    shard.unlink() if content is None else shard.write_bytes(content)
+    store = open_store(tmp_path)
+    assert len(store.read("points", [3])) == 1
+    with pytest.raises(StoreError, match=r"points/c/1/0/0 (is missing|has 0 bytes), and its manifest says .*--verify"):
+        store.read("points", [3, 40])

@@ -351,3 +351,14 @@ def test_without_the_ray_caster_the_error_says_how_to_get_it(monkeypatch: pytest
     samples = samples_on(box(), 4)
     with pytest.raises(DoNotRetry, match=r"pip install embreex.*Linux on x86-64, macOS on arm64 and Windows"):
         render(box(), samples.points, samples.normals, rig_by_name("simple6", image_size=8))
+
+
+@pytest.mark.parametrize("name", ["azimuth12", "simple6", "axes3", "dodecahedron20"])
+def test_a_flat_shape_is_rendered_from_its_side_too(name: str) -> None:
+    corners = np.float32([[-0.5, -0.5, 0], [0.5, -0.5, 0], [0.5, 0.5, 0], [-0.5, 0.5, 0]])
+    for axes in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
+        quad = Mesh(np.ascontiguousarray(corners[:, axes]), np.int32([[0, 1, 2], [0, 2, 3]]))
+        normals = np.roll(np.float32([[0, 0, 1]]), axes.index(2) - 2, axis=1)
+        rendering = render(quad, np.zeros((1, 3), np.float32), normals, rig_by_name(name, 24))
+        assert (rendering.depth > 0).any()
+        assert (rendering.views[rendering.depth > 0] < BACKGROUND).any()
