@@ -20,18 +20,20 @@ from typing import Final
 
 from pydantic import BaseModel, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from datastore.buffers import Buffers
 from datastore.disk_cache import DiskCache
 from datastore.objects import ObjectFolder
 from datastore.ranges import Call, Refused, open_ranges
 
 Problem = Callable[[memoryview], str | None]
 """What is wrong with fetched bytes, in words; None where nothing is."""
-Content = bytes | bytearray
+Content = memoryview
 
 _TIMES_SETTLED: Final = 2  # a machine on the way, too, can hold a damaged copy; another one is asked the next time
 _LONGEST_PAUSE_SECONDS: Final = 5.0
 _NEAR_SECONDS: Final = 0.005  # to the first byte: a server on this machine or beside it
 _REMEMBERED: Final = 64
+_KEEP_BYTES: Final = 256 * 2**20
 _CLOSED_POLL_SECONDS: Final = 0.2
 
 
@@ -61,14 +63,21 @@ class FetchFailed(Exception):
 class Fetcher:
     """Fetches ranges. Threads share it; `close` ends what is under way."""
 
-    def __init__(self, folder: ObjectFolder, config: FetchConfig | None = None, cache: DiskCache | None = None) -> None:
+    def __init__(
+        self,
+        folder: ObjectFolder,
+        config: FetchConfig | None = None,
+        cache: DiskCache | None = None,
+        buffers: Buffers | None = None,
+    ) -> None:
+        self.buffers = buffers or Buffers(_KEEP_BYTES)
         self.bytes_fetched = 0
         self.requests = 0
         self.retries = 0
         self.hedges = 0
         self._url = folder.url
         self._config = config or FetchConfig()
-        self._ranges = open_ranges(folder, self._config.timeout_seconds)
+        self._ranges = open_ranges(folder, self._config.timeout_seconds, self.buffers)
         self._cache = None if self.is_local else cache
         self._counting = threading.Lock()
         self._closed = threading.Event()

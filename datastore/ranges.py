@@ -19,6 +19,9 @@ from datetime import UTC, datetime
 from typing import Final, Protocol
 from urllib.parse import SplitResult, urlsplit
 
+import numpy as np
+
+from datastore.buffers import Buffers
 from datastore.errors import ViewpointError
 from datastore.objects import ObjectFolder
 
@@ -77,7 +80,7 @@ class Ranges(Protocol):
 
     is_local: bool
 
-    def read(self, name: str, start: int, end: int, call: Call) -> tuple[bytes | bytearray, float]:
+    def read(self, name: str, start: int, end: int, call: Call) -> tuple[memoryview, float]:
         """The bytes from `start` up to, not including, `end`, and the seconds to the first of them. Refused.
 
         Fewer where the object is shorter and the storage does not say so.
@@ -89,15 +92,15 @@ class Ranges(Protocol):
         ...
 
 
-def open_ranges(folder: ObjectFolder, timeout_seconds: float) -> Ranges:
+def open_ranges(folder: ObjectFolder, timeout_seconds: float, buffers: Buffers) -> Ranges:
     """The shortest way to a folder's objects."""
     if folder.is_local:
-        return _LocalRanges(folder)
+        return _LocalRanges(folder, buffers)
     url = folder.signed_url("zarr.json", _SIGNED_SECONDS)
     if url is not None and not _goes_through_a_proxy(urlsplit(url)):
         is_encrypted = url.startswith("https:")
         certificates = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE")) if is_encrypted else None
-        return _SignedRanges(folder, timeout_seconds, certificates)
+        return _SignedRanges(folder, timeout_seconds, certificates, buffers)
     return _FolderRanges(folder)
 
 
@@ -106,10 +109,11 @@ class _LocalRanges:
 
     is_local = True
 
-    def __init__(self, folder: ObjectFolder) -> None:
+    def __init__(self, folder: ObjectFolder, buffers: Buffers) -> None:
         self._folder = folder.local_path
+        self._buffers = buffers
 
-    def read(self, name: str, start: int, end: int, call: Call) -> tuple[bytes, float]:
+    def read(self, name: str, start: int, end: int, call: Call) -> tuple[memoryview, float]:
         try:
             descriptor = os.open(self._folder / name, os.O_RDONLY)
         except FileNotFoundError:
@@ -117,7 +121,10 @@ class _LocalRanges:
         except OSError as error:
             raise Refused(f"it cannot be opened: {error}", may_pass=False) from error
         try:
-            return os.pread(descriptor, end - start, start), 0.0
+            content, filled = self._buffers.empty((end - start,), np.uint8).data, 0
+            while filled < len(content) and (count := os.preadv(descriptor, [content[filled:]], start + filled)):
+                filled += count
+            return content[:filled], 0.0
         except OSError as error:
             raise Refused(f"it cannot be read: {error}", may_pass=True) from error
         finally:
@@ -135,10 +142,10 @@ class _FolderRanges:
     def __init__(self, folder: ObjectFolder) -> None:
         self._folder = folder
 
-    def read(self, name: str, start: int, end: int, call: Call) -> tuple[bytes, float]:
+    def read(self, name: str, start: int, end: int, call: Call) -> tuple[memoryview, float]:
         began = time.monotonic()
         try:
-            return self._folder.read_range(name, start, end), time.monotonic() - began
+            return memoryview(self._folder.read_range(name, start, end)), time.monotonic() - began
         except FileNotFoundError:
             raise Refused("it is missing", may_pass=False) from None
         except ViewpointError as error:
@@ -155,8 +162,11 @@ class _SignedRanges:
 
     is_local = False
 
-    def __init__(self, folder: ObjectFolder, timeout_seconds: float, certificates: ssl.SSLContext | None) -> None:
+    def __init__(
+        self, folder: ObjectFolder, timeout_seconds: float, certificates: ssl.SSLContext | None, buffers: Buffers
+    ) -> None:
         self._folder = folder
+        self._buffers = buffers
         self._certificates = certificates
         self._timeout_seconds = timeout_seconds
         self._signed: dict[str, tuple[SplitResult, float]] = {}
@@ -164,7 +174,7 @@ class _SignedRanges:
         self._connections: list[_Connection] = []
         self._lock = threading.Lock()
 
-    def read(self, name: str, start: int, end: int, call: Call) -> tuple[bytes | bytearray, float]:
+    def read(self, name: str, start: int, end: int, call: Call) -> tuple[memoryview, float]:
         url = self._url(name)
         began = time.monotonic()
         connection = self._connection(url)
@@ -174,9 +184,8 @@ class _SignedRanges:
                 first_byte_seconds = time.monotonic() - began
                 self._refuse_status(response, name)
                 _refuse_another_range(response, start, end)
-                content = bytearray(end - start)
-                view, filled = memoryview(content), 0
-                while filled < len(content) and (count := response.readinto(view[filled:])):
+                content, filled = self._buffers.empty((end - start,), np.uint8).data, 0
+                while filled < len(content) and (count := response.readinto(content[filled:])):
                     filled += count
                 if filled < len(content):
                     raise Refused(f"the answer broke off after {filled:,} of {end - start:,} bytes", may_pass=True)

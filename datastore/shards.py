@@ -68,7 +68,7 @@ class ShardReader:
         StoreError where they are damaged or missing, ViewpointError where they cannot be had for now.
         """
         dtype = np.dtype(self.stored.stored_dtype).newbyteorder("<")
-        result = np.empty((len(rows), *self._kept), dtype=dtype)
+        result = self._fetcher.buffers.empty((len(rows), *self._kept), dtype)
         for start, end in _runs(rows // self.stored.shard_rows):
             shard = int(rows[start] // self.stored.shard_rows)
             self._read_shard(shard, rows[start:end] - shard * self.stored.shard_rows, result[start:end])
@@ -102,7 +102,7 @@ class ShardReader:
             if whole_rows and end - start == stored.chunk_rows:
                 self._decode(encoded[chunk], result[start:end])
                 continue
-            decoded = np.empty((stored.chunk_rows, *stored.stored_row_shape), dtype=result.dtype)
+            decoded = self._fetcher.buffers.empty((stored.chunk_rows, *stored.stored_row_shape), result.dtype)
             self._decode(encoded[chunk], decoded)
             places = rows[start:end] - chunk * stored.chunk_rows
             result[start:end] = (decoded if whole_rows else decoded[:, : self._kept[0]])[places]
@@ -185,7 +185,7 @@ class _Kept:
 def _checksum_problem(content: memoryview) -> str | None:
     """What is wrong with bytes that end in their own crc32c."""
     expected = int.from_bytes(content[-_CHECKSUM_BYTES:], "little")
-    found = int(google_crc32c.value(bytes(content[:-_CHECKSUM_BYTES])))
+    found = int(google_crc32c.value(np.frombuffer(content[:-_CHECKSUM_BYTES], np.uint8)))
     return None if found == expected else f"its bytes have checksum {found:08x} and say {expected:08x}"
 
 

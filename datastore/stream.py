@@ -28,6 +28,7 @@ from jaxtyping import Int64
 from pydantic import BaseModel, PositiveFloat, PositiveInt
 
 from datastore.batch import Batch
+from datastore.buffers import Buffers
 from datastore.disk_cache import DiskCache
 from datastore.errors import AskedWrongly, StoreError
 from datastore.fetch import FetchConfig, Fetcher
@@ -100,7 +101,7 @@ def open_stream(
         )
     order = Order(len(rows), config.unit_samples, config.window_units, seed)
     lanes = Lanes(len(rows), global_batch, config.lanes, config.remainder)
-    fetcher = Fetcher(store.folder, config.fetch, _cache(store, config))
+    fetcher = Fetcher(store.folder, config.fetch, _cache(store, config), Buffers(int(config.memory_gib * _GIB)))
     samples = _Samples(rows, _readers(store, fetcher, config, batch_type, teacher), order)
     _check_memory(samples, shares, lanes, config)
     return Stream(store, fetcher, config, batch_type, samples, shares, lanes, seed, start, pin_memory)
@@ -218,9 +219,11 @@ class Stream(Generic[BatchT]):
         """One field of a micro-batch."""
         stored = self._samples.readers[name].stored
         shape = (len(samples), *self._samples.readers[name].row_shape)
-        pinned_here = self._pin_memory and not stored.field.bit_packed
-        dtype = torch.from_numpy(np.empty(0, stored.stored_dtype)).dtype
-        gathered = torch.empty(shape, dtype=dtype, pin_memory=pinned_here)
+        if self._pin_memory and not stored.field.bit_packed:
+            dtype = torch.from_numpy(np.empty(0, stored.stored_dtype)).dtype
+            gathered = torch.empty(shape, dtype=dtype, pin_memory=True)  # torch uses such memory again, too
+        else:
+            gathered = torch.from_numpy(self._fetcher.buffers.empty(shape, stored.stored_dtype))
         self._units.gather(name, samples, gathered.numpy())
         if not stored.field.bit_packed:
             return gathered
