@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from datastore.cameras import RIG_NAMES, rig_by_name
+from datastore.fetch import FetchConfig
 from datastore.ingest import add_arguments, ingest
 from datastore.layout import open_store
 from datastore.schema import FIELDS
 from datastore.sources import format_table, open_source
+from datastore.stream import StreamConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -75,3 +77,10 @@ def test_every_option_in_the_docs_is_one_of_ingests() -> None:
     known = {option for action in parser._actions for option in action.option_strings}
     named = set(re.findall(r"--[a-z][a-z-]+", (DOCS / "ingest.md").read_text()))
     assert named - known == {"--verify", "--contact-sheet"}  # of `viewpoint inspect`
+
+
+def test_every_setting_of_the_stream_in_the_docs_is_one() -> None:
+    named = set(re.findall(r"`data\.([a-z_.]+)", (DOCS / "stream.md").read_text()))
+    known = {*StreamConfig.model_fields, *(f"fetch.{name}" for name in FetchConfig.model_fields)}
+    assert named
+    assert named <= known
