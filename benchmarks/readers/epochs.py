@@ -254,10 +254,14 @@ def measure(run: Run) -> dict[str, Any]:
 
 
 def _check(run: Run, seen: list[np.ndarray], last: Any) -> None:
-    """Every sample came once, and the last batch is what was written."""
+    """Every sample came once, and the last batch is what was written.
+
+    A peer may leave out or repeat what makes its workers' shares equal, less than a batch each.
+    """
     ids = np.concatenate(seen)[: run.num_samples]
-    if len(np.unique(ids)) != run.num_samples:
-        raise SystemExit(f"{run.system} delivered {len(np.unique(ids))} of {run.num_samples} samples")
+    missing = run.num_samples - len(np.unique(ids))
+    if missing > (0 if run.system in ("ours", "plain") else run.batch * max(1, run.workers)):
+        raise SystemExit(f"{run.system} delivered all but {missing} of {run.num_samples} samples")
     expected = samples(Path(run.folder), run.what, seen[-1][:4])
     if not np.array_equal(np.asarray(last[:4]), expected):
         raise SystemExit(f"{run.system} delivered other values than were written")
