@@ -55,6 +55,11 @@ def read_mesh(files: SourceFiles, path: str) -> Mesh:
             return read_gltf(content, beside.fetch)
         if suffix == ".stl" and len(content) == _stl_bytes(content):
             return _binary_stl(content)
+        if suffix == ".stl" and b"\0" in content:  # which text has none of
+            raise ShapeError(
+                f"its header announces {_stl_bytes(content):,} bytes, but there are {len(content):,}: it was cut short or "
+                f"damaged, fetch it again"
+            )
         return _by_trimesh(content, suffix, beside)
     except ShapeError as error:
         raise ShapeError(f"{suffix[1:]}: {error}") from error

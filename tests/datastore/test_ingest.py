@@ -271,7 +271,7 @@ def test_the_summary_is_one_json_object(undisturbed: Path, capsys: pytest.Captur
     [
         (["--part", "2/2"], "--part is i/n"),
         (["--part", "1"], "--part is i/n"),
-        (["--image-size", "0"], "--image-size must be above zero"),
+        (["--image-size", "0"], "--image-size must be 8 pixels or more, not 0"),
         (["--workers", "-1"], "--workers must be above zero"),
         (["--rig", "round"], "no camera rig 'round'"),
         (["--format", "fbx"], "no format 'fbx'"),
