@@ -8,11 +8,12 @@ from typing import Annotated, Any, Final, Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from models.encoding import PointEncoder
-from models.image_models import ImageModelConfig, MultiViewClassifier
+from models.image_models import ImageModelConfig
+from models.image_models.teacher import ImageTeacher
 from models.students import StudentConfig, build_student
 
 CONFIG_FILE: Final = "model.json"
@@ -32,15 +33,14 @@ class ExportedStudent(BaseModel, extra="allow", frozen=True):
 
 
 class ExportedImageModel(BaseModel, extra="allow", frozen=True):
-    """`model.json` of a multi-view classifier."""
+    """`model.json` of an image network."""
 
     kind: Literal["image_model"] = "image_model"
     image_model: ImageModelConfig
-    num_classes: PositiveInt
 
-    def build(self) -> MultiViewClassifier:
-        """The classifier, with random weights: those that it once started from are not needed any more."""
-        return MultiViewClassifier(self.image_model.model_copy(update={"weights": None}), self.num_classes)
+    def build(self) -> ImageTeacher:
+        """The network, with random weights."""
+        return self.image_model.without_weights().build()
 
 
 _ADAPTER: TypeAdapter[ExportedStudent | ExportedImageModel] = TypeAdapter(
@@ -80,8 +80,8 @@ def save_exported(
 ) -> None:
     """Writes the folder.
 
-    `module_config` is `{"kind": "student", "student": {...}}` or `{"kind": "image_model", "image_model": {...},
-    "num_classes": k}`; `extra` (versions, scores, where it came from) stands beside it in `model.json`.
+    `module_config` is `{"kind": "student", "student": {...}}` or `{"kind": "image_model", "image_model": {...}}`; `extra`
+    (versions, scores, where it came from) stands beside it in `model.json`.
     """
     from safetensors.torch import save_file
 
@@ -95,10 +95,15 @@ def save_exported(
     (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")  # last: it makes the folder a model
 
 
-def load(folder: Path | str) -> ExportedEncoder | MultiViewClassifier:
+def build_described(description: Mapping[str, Any]) -> PointEncoder | ImageTeacher:
+    """The network that a `model.json` describes, with random weights."""
+    return _ADAPTER.validate_python(description).build()
+
+
+def load(folder: Path | str) -> ExportedEncoder | ImageTeacher:
     """The model in an exported folder, in eval mode and without gradients.
 
-    A point encoder has `.encode(points)`, a multi-view classifier `.describe(views)`.
+    A point encoder has `.encode(points)`, an image network `.describe(views)`.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -112,7 +117,7 @@ def load(folder: Path | str) -> ExportedEncoder | MultiViewClassifier:
             )
     try:
         description = json.loads(config_path.read_text())
-        network = _ADAPTER.validate_python(description).build()
+        network = build_described(description)
         network.load_state_dict(load_file(weights_path))
     except (json.JSONDecodeError, ValidationError, SafetensorError, RuntimeError) as error:
         raise ValueError(

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 
@@ -30,10 +30,10 @@ from datastore.progress import Progress, format_seconds
 from datastore.stopping import stop_asked
 
 if TYPE_CHECKING:
-    from torch import Tensor
 
     from datastore.layout import Store, TeacherAttributes
     from datastore.write import BlockWriter
+    from models.image_models.teacher import ImageTeacher
 
 DescribeViews = Callable[[np.ndarray], np.ndarray]
 """Views of some shapes -> their features, a row a shape."""
@@ -46,24 +46,6 @@ FIELDS: Final = ("view_features",)
 _GPU_SHAPES: Final = 8  # that go through a GPU together: 96 images of twelve views
 _FINISH_SECONDS: Final = 10.0  # a block that is done sooner than this is finished before stopping
 _SPARE_BYTES: Final = 64 * 2**20  # left free on the disk: checkpoints and logs go on being written
-
-
-class ImageTeacher(Protocol):
-    """A network that describes views."""
-
-    image_size: int
-    mean: "Tensor"
-    std: "Tensor"
-    descriptor_width: int
-
-    def describe(self, views: "Tensor") -> "Tensor":
-        """`[b, v, h, w, 3]` uint8 -> `[b, v, d]`."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Its weights."""
-
-    def to(self, device: str) -> Any:
-        """Moves them."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def cache(
     store: "Store",
-    teacher: ImageTeacher,
+    teacher: "ImageTeacher",
     name: str,
     *,
     training: Mapping[str, str] | None = None,
@@ -205,7 +187,7 @@ def describe(summary: CacheSummary) -> str:
 
 def load_teacher(
     name: str, weights: str | None, image_size: int | None = None
-) -> tuple[ImageTeacher, Mapping[str, str]]:
+) -> tuple["ImageTeacher", Mapping[str, str]]:
     """The teacher in an exported folder, or a timm model with a file's weights (None: random, from a fixed seed).
 
     With it comes what an exported folder says of its training, so that a report can tell what the teacher has seen.
@@ -213,8 +195,8 @@ def load_teacher(
     import torch
 
     from models.exported import CONFIG_FILE, load
-    from models.image_models import MultiViewClassifier
-    from trainer.encoders import fetched
+    from models.image_models.teacher import ImageTeacher
+    from trainer.fetched import fetched
 
     try:
         if weights is None:
@@ -236,7 +218,7 @@ def load_teacher(
             training = _training_facts(json.loads((path / CONFIG_FILE).read_text()))
     except ValueError as error:
         raise DoNotRetry(str(error)) from error
-    if not isinstance(teacher, MultiViewClassifier):
+    if not isinstance(teacher, ImageTeacher):
         raise AskedWrongly(
             f"--weights {weights} holds a point encoder, which does not describe views. Give the export of an image "
             f"model, such as that of job pointmcd_teacher."
@@ -256,11 +238,12 @@ def _training_facts(description: Mapping[str, Any]) -> Mapping[str, str]:
     return {key: value for key, value in facts.items() if value is not None}
 
 
-def _pooled_trunk(name: str, weights: Path | None, image_size: int | None) -> ImageTeacher:
+def _pooled_trunk(name: str, weights: Path | None, image_size: int | None) -> "ImageTeacher":
     """A timm model up to its pooled features, with the input size and normalisation that it was made for."""
     import timm
 
-    from models.image_models import ImageModelConfig, PooledTrunk
+    from models.image_models.pooled import PooledTrunkConfig
+    from models.image_models.trunk import TrunkConfig
 
     try:
         made_for = timm.get_pretrained_cfg(name)
@@ -271,19 +254,19 @@ def _pooled_trunk(name: str, weights: Path | None, image_size: int | None) -> Im
             f"timm {timm.__version__} has no model {name!r}. --teacher names one, unless --weights is the folder of an "
             f"exported model."
         )
-    config = ImageModelConfig(
+    trunk = TrunkConfig(
         name=name,
         image_size=image_size or made_for.input_size[-1],
         mean=cast(tuple[float, float, float], made_for.mean),
         std=cast(tuple[float, float, float], made_for.std),
         weights=None if weights is None else str(weights),
     )
-    return PooledTrunk(config).eval().requires_grad_(False)
+    return PooledTrunkConfig(trunk=trunk).build().eval().requires_grad_(False)
 
 
 def teacher_attributes(
     store: "Store",
-    teacher: ImageTeacher,
+    teacher: "ImageTeacher",
     name: str,
     fields: tuple[str, ...] = FIELDS,
     training: Mapping[str, str] = MappingProxyType({}),
@@ -294,7 +277,7 @@ def teacher_attributes(
     from datastore.layout import TeacherAttributes
 
     mean, std = (tuple(float(value) for value in values.flatten()) for values in (teacher.mean, teacher.std))
-    sizes = {"view_features": (store.attributes.num_views, teacher.descriptor_width)}
+    sizes = teacher.field_sizes(store.attributes.num_views)
     try:
         return TeacherAttributes(
             name=name,
@@ -303,7 +286,7 @@ def teacher_attributes(
             mean=mean,
             std=std,
             fields={field: sizes[field] for field in fields},
-            dim=teacher.descriptor_width,
+            dim=sizes["view_features"][-1],
             training=dict(training),
         )
     except ValidationError as error:
@@ -312,7 +295,7 @@ def teacher_attributes(
         ) from error
 
 
-def _weights_hash(teacher: ImageTeacher, mean: tuple[float, ...], std: tuple[float, ...]) -> str:
+def _weights_hash(teacher: "ImageTeacher", mean: tuple[float, ...], std: tuple[float, ...]) -> str:
     """SHA-256 over all that decides what the teacher says: names, shapes and values of the weights, and its input."""
     digest = hashlib.sha256(json.dumps([teacher.image_size, mean, std]).encode())
     for name, tensor in sorted(teacher.state_dict().items()):
@@ -425,7 +408,7 @@ def _refuse_overflow(features: np.ndarray, writer: "BlockWriter", first: int) ->
 
 
 @contextmanager
-def _describer(teacher: ImageTeacher, device: str) -> Iterator[DescribeViews]:
+def _describer(teacher: "ImageTeacher", device: str) -> Iterator[DescribeViews]:
     """A function from views to features, one row a shape, that does not depend on what else is in the batch."""
     if device == "cpu":
         with _shape_by_shape(teacher) as describe_views:
@@ -435,7 +418,7 @@ def _describer(teacher: ImageTeacher, device: str) -> Iterator[DescribeViews]:
 
 
 @contextmanager
-def _shape_by_shape(teacher: ImageTeacher) -> Iterator[DescribeViews]:
+def _shape_by_shape(teacher: "ImageTeacher") -> Iterator[DescribeViews]:
     """Each shape on one thread, as many shapes at a time as torch may use threads."""
     import torch
 
@@ -454,7 +437,7 @@ def _shape_by_shape(teacher: ImageTeacher) -> Iterator[DescribeViews]:
         torch.set_num_threads(threads)
 
 
-def _in_groups(teacher: ImageTeacher, device: str) -> DescribeViews:
+def _in_groups(teacher: "ImageTeacher", device: str) -> DescribeViews:
     """So many shapes at a time, and never fewer: tensors of one size, so that the same kernels compute every shape."""
     import torch
 

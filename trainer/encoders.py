@@ -1,37 +1,30 @@
 """Encoders by where they lie: a run folder, one of its checkpoints, or an exported folder."""
 
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import fsspec
 import torch
-from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
 from datastore.errors import AskedWrongly, DoNotRetry
 from datastore.layout import Store
 from datastore.objects import ObjectFolder
 from models.encoding import PointEncoder
-from models.exported import CONFIG_FILE, ExportedEncoder, load
-from models.image_models import MultiViewClassifier
+from models.exported import CONFIG_FILE, ExportedEncoder, build_described, load
+from models.image_models.teacher import ImageTeacher
 from models.students import build_student
 from trainer.checkpoint import load_weights, open_checkpoint
 from trainer.config import RunConfig
-from trainer.objectives.view_classifier import ViewClassifierConfig
+from trainer.fetched import fetched
 from trainer.runfolder import RunFolder
-
-_NUM_CLASSES_FROM = "classifier.weight"
 
 
 @dataclass(frozen=True)
 class FoundEncoder:
     """A network in eval mode and without gradients, and where it comes from."""
 
-    encoder: PointEncoder | MultiViewClassifier
+    encoder: PointEncoder | ImageTeacher
     url: str
     step: int | None  # of the checkpoint; None for random weights
     is_random: bool
@@ -102,30 +95,12 @@ def initial_encoder(config: RunConfig) -> PointEncoder:
         return build_student(config.student)
 
 
-def trained_encoder(config: RunConfig, weights: Mapping[str, Tensor]) -> PointEncoder | MultiViewClassifier:
+def trained_encoder(run: RunFolder, weights: Mapping[str, Tensor]) -> PointEncoder | ImageTeacher:
     """The encoder of an objective's state: what else the objective trained is left behind."""
-    encoder: PointEncoder | MultiViewClassifier
-    if config.student is not None:
-        encoder = build_student(config.student)
-    else:
-        assert isinstance(config.objective, ViewClassifierConfig), "every other objective has a student"
-        classes = next(len(weight) for name, weight in weights.items() if name.endswith(_NUM_CLASSES_FROM))
-        encoder = MultiViewClassifier(config.objective.image_model.model_copy(update={"weights": None}), classes)
+    config = run.config()
+    encoder = build_student(config.student) if config.student is not None else build_described(run.network())
     _load_by_suffix(encoder, weights)
     return encoder.eval().requires_grad_(False)
-
-
-@contextmanager
-def fetched(url: str) -> Iterator[Path]:
-    """A local path of a file or folder: itself, or a copy of a remote one for as long as the block runs."""
-    filesystem, path = fsspec.core.url_to_fs(url)
-    if isinstance(filesystem, LocalFileSystem):
-        yield Path(path)
-        return
-    with tempfile.TemporaryDirectory(prefix="viewpoint-") as folder:
-        local = Path(folder) / Path(path).name
-        filesystem.get(path, str(local), recursive=bool(filesystem.isdir(path)))
-        yield local
 
 
 def _from_run(run: RunFolder, checkpoint_url: str, random_weights: bool) -> FoundEncoder:
@@ -139,7 +114,7 @@ def _from_run(run: RunFolder, checkpoint_url: str, random_weights: bool) -> Foun
         return FoundEncoder(encoder, run.url, None, True, config, run)
     folder, manifest = open_checkpoint(checkpoint_url)
     url = f"{folder.url}/step-{manifest.step:08d}"
-    return FoundEncoder(trained_encoder(config, load_weights(url)), url, manifest.step, False, config, run)
+    return FoundEncoder(trained_encoder(run, load_weights(url)), url, manifest.step, False, config, run)
 
 
 def _from_export(url: str, random_weights: bool) -> FoundEncoder:

@@ -93,7 +93,7 @@ def write_export(
         for name, record in (records or {}).items()
     }
     extra = {"training": training, "store": store, "scores": scores, "versions": library_versions()}
-    module_config = _module_config(encoder, config)
+    module_config = network_description(encoder, config)
     card = model_card(module_config, config, training, store, records or {}, destination)
     with tempfile.TemporaryDirectory(prefix="viewpoint-export-") as folder:
         save_exported(folder, module_config, encoder, card, extra)
@@ -103,21 +103,15 @@ def write_export(
     return training
 
 
-def _module_config(encoder: "nn.Module", config: "RunConfig") -> dict[str, Any]:
+def network_description(encoder: "nn.Module", config: "RunConfig") -> dict[str, Any]:
     """What `models.load` builds the network from."""
-    from models.image_models import MultiViewClassifier
-    from trainer.objectives.view_classifier import ViewClassifierConfig
+    from models.image_models.teacher import ImageTeacher
 
     if config.student is not None:
         return {"kind": "student", "student": config.student.model_dump(mode="json")}
-    assert isinstance(encoder, MultiViewClassifier) and isinstance(config.objective, ViewClassifierConfig)
+    assert isinstance(encoder, ImageTeacher), "an objective without a student trains an image network"
     # the file that the trunk started from is not needed any more, and its path says something of a machine
-    image_model = config.objective.image_model.model_copy(update={"weights": None})
-    return {
-        "kind": "image_model",
-        "image_model": image_model.model_dump(mode="json"),
-        "num_classes": encoder.classifier.out_features,
-    }
+    return {"kind": encoder.exported_as, encoder.exported_as: encoder.config.without_weights().model_dump(mode="json")}
 
 
 def _store_facts(store_url: str | None) -> dict[str, Any]:
@@ -231,7 +225,8 @@ def _network(module_config: Mapping[str, Any]) -> str:
     """`pointnet, width 0.5`: what a person asks for first."""
     if module_config["kind"] == "image_model":
         image_model = module_config["image_model"]
-        return f"{image_model['name']}, {image_model['image_size']} px, {module_config['num_classes']} classes"
+        trunk, classes = image_model["trunk"], image_model.get("num_classes")
+        return f"{trunk['name']}, {trunk['image_size']} px" + (f", {classes} classes" if classes else "")
     student = module_config["student"]
     return f"{student['kind']}, width {student['width']:g}" if "width" in student else str(student["kind"])
 

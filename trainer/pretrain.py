@@ -8,7 +8,7 @@ import argparse
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -64,6 +64,7 @@ def pretrain(config: "RunConfig", folder: "RunFolder", world: "World", stop: "th
     from datastore.stream import open_stream
     from trainer.checkpoint import due, restore, retain, save
     from trainer.engine import build_engine, split_batch
+    from trainer.export import network_description
     from trainer.fragments import check_layout
     from trainer.metrics import TimeAccount
 
@@ -93,7 +94,7 @@ def pretrain(config: "RunConfig", folder: "RunFolder", world: "World", stop: "th
         closing.enter_context(stream)
         total_steps = config.total_steps(stream.steps_per_epoch)
         report = closing.enter_context(Report(config, folder, world, account, stream, position, total_steps))
-        report.started(damaged)
+        report.started(damaged, network_description(objective.encoder, config))
 
         saved_at = time.monotonic()
         account.enter("data_wait")
@@ -230,12 +231,13 @@ class Report:
         self._folder.flush()
         self._exporter.close()
 
-    def started(self, damaged: Sequence[str]) -> None:
+    def started(self, damaged: Sequence[str], network: Mapping[str, Any]) -> None:
         """Notes the start, and loudly each checkpoint that had to be passed over."""
         if not self._world.is_first:
             return
         if not self._folder.exists():
             self._folder.write_config(self._config)
+        self._folder.write_network(network)
         for problem in damaged:
             self._folder.append_event("checkpoint_damaged", problem=problem, resumed_from=self._resumed_from.step)
         self._folder.append_event(

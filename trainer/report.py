@@ -191,9 +191,9 @@ def _what_ran(
     facts: dict[str, str] = {"state": _state(events)}
     if "student.kind" in settings:
         facts["student"] = _with_width(settings, "student")
-    if "objective.image_model.name" in settings:
+    if "objective.image_model.trunk.name" in settings:
         facts["image network"] = (
-            f"{settings['objective.image_model.name']}, {settings['objective.image_model.image_size']} px"
+            f"{settings['objective.image_model.trunk.name']}, {settings['objective.image_model.trunk.image_size']} px"
         )
     if settings.get("objective.teacher"):
         facts["teacher"] = str(settings["objective.teacher"])

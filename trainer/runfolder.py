@@ -1,6 +1,6 @@
 """A run's folder, on local disk or object storage: config, events, metrics, records, and the arms it is compared with.
 
-    RUNS/NAME/config.yaml  events.jsonl  metrics.jsonl  logs/  checkpoints/  evaluation/  export/  report.html  arms/ARM/...
+    RUNS/NAME/config.yaml  network.json  events.jsonl  metrics.jsonl  logs/  checkpoints/  evaluation/  export/  report.html  arms/ARM/...
 
 Local files are appended to. Object stores cannot append, so there each writer rewrites a file of its own
 (`events-WRITER.jsonl`), and readers merge them by time.
@@ -9,7 +9,7 @@ Local files are appended to. Object stores cannot append, so there each writer r
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -83,6 +83,18 @@ class RunFolder:
                 f"{self.url} is no run folder: it has no config.yaml. Start one with `viewpoint launch JOB --run {self.name}`."
             )
         return read_config(text, name=f"{self.url}/config.yaml")
+
+    def write_network(self, description: Mapping[str, Any]) -> None:
+        """Records what `models.load` would build the trained network from: sizes that come from the corpus included."""
+        self.write_text("network.json", json.dumps(description, indent=1))
+
+    def network(self) -> Record:
+        """The description of the trained network; an error that says what to do where the run has not begun."""
+        text = self.read_text("network.json")
+        if text is None:
+            raise DoNotRetry(f"{self.url} has no network.json: its training has not begun. Wait for its first step.")
+        description: Record = json.loads(text)
+        return description
 
     def append_event(self, kind: str, **facts: Any) -> None:
         """Adds a line to the run's history: started, saved, stopped, finished, restarted and so on."""

@@ -90,7 +90,7 @@ class _Beside:
 def _stl_bytes(content: bytes) -> int:
     """How long a binary STL file of that header is; a text file's length differs."""
     if len(content) < _STL_HEADER_BYTES:
-        return -1
+        return _STL_HEADER_BYTES
     return _STL_HEADER_BYTES + _STL_TRIANGLE.itemsize * int(struct.unpack_from("<I", content, _STL_HEADER_BYTES - 4)[0])
 
 

@@ -8,7 +8,7 @@ import torch
 
 import models
 from models.exported import ExportedEncoder, load, save_exported, to_unit_ball
-from models.image_models import ImageModelConfig, MultiViewClassifier
+from models.image_models.multi_view import MultiViewClassifier, MultiViewClassifierConfig
 
 STUDENT = {"kind": "student", "student": {"kind": "pointnet", "width": 0.125}}
 
@@ -51,13 +51,12 @@ def test_the_unit_ball_touches_the_farthest_point() -> None:
 
 
 def test_a_classifier_comes_back_without_the_file_it_once_started_from(tmp_path: Path) -> None:
-    config = ImageModelConfig(name="test_resnet", image_size=32)
+    trunk = {"name": "test_resnet", "image_size": 32}
     torch.manual_seed(0)
-    network = MultiViewClassifier(config, num_classes=3).eval()
+    network = MultiViewClassifierConfig.model_validate({"trunk": trunk, "num_classes": 3}).build().eval()
     described = {
         "kind": "image_model",
-        "image_model": config.model_dump(mode="json") | {"weights": "gone.pth"},
-        "num_classes": 3,
+        "image_model": {"kind": "multi_view_classifier", "trunk": trunk | {"weights": "gone.pth"}, "num_classes": 3},
     }
     save_exported(tmp_path, described, network, "", {})
     loaded = load(tmp_path)

@@ -21,14 +21,16 @@ from datastore.errors import EXIT_STOPPED, AskedWrongly, DoNotRetry, MissingFiel
 from datastore.layout import Store, open_store
 from datastore.write import verify
 from models.exported import save_exported
-from models.image_models import ImageModelConfig, MultiViewClassifier, PooledTrunk
+from models.image_models.multi_view import MultiViewClassifier, MultiViewClassifierConfig
+from models.image_models.pooled import PooledTrunk, PooledTrunkConfig
+from models.image_models.trunk import TrunkConfig
 from models.students import build_student
 from tests.stores import small_attributes, write_small_store
 from trainer import cache as cache_stage
 from trainer.cache import add_arguments, cache, load_teacher, run, teacher_attributes
 
 ROWS = 36  # blocks of 16, 16 and 4
-CONFIG = ImageModelConfig(name="test_resnet", image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+CONFIG = TrunkConfig(name="test_resnet", image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 FIELD = "teachers/{key}/view_features"
 
 
@@ -44,7 +46,7 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture(scope="module")
 def teacher() -> MultiViewClassifier:
     torch.manual_seed(0)
-    classifier = MultiViewClassifier(CONFIG, num_classes=3)
+    classifier = MultiViewClassifierConfig(trunk=CONFIG, num_classes=3).build()
     with torch.no_grad():  # statistics as after training: in train mode, or with fresh ones, features would differ
         for module in classifier.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
@@ -176,14 +178,14 @@ def test_rows_without_a_shape_get_zeros(tmp_path: Path, teacher: MultiViewClassi
 
 def test_the_hash_tells_weights_input_size_and_normalisation_apart(store: Store) -> None:
     torch.manual_seed(0)
-    reference = PooledTrunk(CONFIG)
+    reference = PooledTrunkConfig(trunk=CONFIG).build()
     keys = {teacher_attributes(store, reference, "t").key}
     for changes in ({"image_size": 40}, {"mean": (0.4, 0.5, 0.5)}, {"std": (0.3, 0.25, 0.25)}):
         torch.manual_seed(0)
-        keys.add(teacher_attributes(store, PooledTrunk(CONFIG.model_copy(update=changes)), "t").key)
+        keys.add(teacher_attributes(store, PooledTrunkConfig(trunk=CONFIG.model_copy(update=changes)).build(), "t").key)
     assert len(keys) == 4
     torch.manual_seed(0)
-    same = PooledTrunk(CONFIG)
+    same = PooledTrunkConfig(trunk=CONFIG).build()
     assert teacher_attributes(store, same, "t").key in keys
     next(same.parameters()).data.view(-1)[0] += 1e-6
     assert teacher_attributes(store, same, "t").key not in keys
@@ -192,7 +194,7 @@ def test_the_hash_tells_weights_input_size_and_normalisation_apart(store: Store)
 def test_two_teachers_lie_side_by_side(store: Store, teacher: MultiViewClassifier) -> None:
     one = cache(store, teacher, "teacher").teacher
     torch.manual_seed(1)
-    other = cache(open_store(store.url), PooledTrunk(CONFIG).eval(), "other").teacher
+    other = cache(open_store(store.url), PooledTrunkConfig(trunk=CONFIG).build().eval(), "other").teacher
     teachers = open_store(store.url).teachers
     assert set(teachers) == {one, other}
     assert teachers[one].dim == 512 and teachers[one].mean == CONFIG.mean and teachers[one].image_size == 32
@@ -200,7 +202,7 @@ def test_two_teachers_lie_side_by_side(store: Store, teacher: MultiViewClassifie
 
 def test_features_that_float16_cannot_hold_are_refused(store: Store, teacher: MultiViewClassifier) -> None:
     torch.manual_seed(0)
-    loud = MultiViewClassifier(CONFIG, 3).eval()
+    loud = MultiViewClassifierConfig(trunk=CONFIG, num_classes=3).build().eval()
     with torch.no_grad():
         for module in loud.to_descriptor.modules():
             if isinstance(module, torch.nn.BatchNorm1d):
@@ -228,7 +230,7 @@ def arguments(*words: str) -> argparse.Namespace:
 
 
 def export(teacher: MultiViewClassifier, folder: Path) -> Path:
-    config = {"kind": "image_model", "image_model": CONFIG.model_dump(), "num_classes": 3}
+    config = {"kind": "image_model", "image_model": teacher.config.model_dump(mode="json")}
     training = {"job": "pointmcd_teacher", "split": "train", "config_hash": "0123", "step": 12}
     save_exported(folder, config, teacher, "card", {"training": training, "store": {"source_hash": "abc"}})
     return folder

@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-import fsspec
 import pytest
 import torch
 from torch import nn
@@ -13,7 +12,7 @@ from datastore.layout import Store, open_store
 from models.encoding import PointEncoder
 from tests.runs import STEPS, tiny_config
 from trainer.checkpoint import load_weights
-from trainer.encoders import fetched, find_encoder, initial_encoder, trained_encoder
+from trainer.encoders import find_encoder, initial_encoder, trained_encoder
 from trainer.runfolder import RunFolder
 
 
@@ -100,23 +99,10 @@ def test_a_damaged_export_is_refused(tiny_run: RunFolder, tmp_path: Path) -> Non
 
 def test_a_config_that_is_not_the_checkpoint_s_is_refused(tiny_run: RunFolder) -> None:
     weights = load_weights(tiny_run.checkpoints_url)
-    config = tiny_run.config()
     without_transforms = {name: weight for name, weight in weights.items() if "input_transform" not in name}
     with pytest.raises(DoNotRetry, match="holds 0 networks"):
-        trained_encoder(config, without_transforms)
-    assert isinstance(trained_encoder(config, weights), PointEncoder)
-
-
-def test_remote_folders_are_fetched_and_local_ones_used_in_place(tmp_path: Path) -> None:
-    with fetched(str(tmp_path)) as path:
-        assert path == tmp_path
-    memory = fsspec.filesystem("memory")
-    memory.pipe_file("/fetched-test/folder/a.txt", b"content")
-    with fetched("memory://fetched-test/folder") as path:
-        assert (path / "a.txt").read_bytes() == b"content"
-        copy = path
-    assert not copy.exists()
-    memory.rm("/fetched-test", recursive=True)
+        trained_encoder(tiny_run, without_transforms)
+    assert isinstance(trained_encoder(tiny_run, weights), PointEncoder)
 
 
 def test_the_store_that_was_read_is_recognised(tiny_run: RunFolder, tiny_corpus: Store, tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ import models
 from datastore.errors import AskedWrongly, DoNotRetry
 from datastore.layout import Store
 from models.exported import ExportedEncoder
-from models.image_models import MultiViewClassifier
+from models.image_models.multi_view import MultiViewClassifier
 from tests.runs import STEPS, tiny_config, train
-from trainer.encoders import fetched, find_encoder
+from trainer.encoders import find_encoder
 from trainer.export import add_arguments, export_run, run
+from trainer.fetched import fetched
 from trainer.runfolder import RunFolder
 
 
@@ -130,7 +131,7 @@ def test_a_run_whose_store_is_gone_exports_without_its_facts(tiny_run: RunFolder
 def test_a_teacher_exports_as_an_image_network(tiny_corpus: Store, tmp_path: Path) -> None:
     config = tiny_config(
         tiny_corpus.url,
-        objective={"kind": "view_classifier", "image_model": {"name": "test_resnet", "image_size": 16}},
+        objective={"kind": "view_classifier", "image_model": {"trunk": {"name": "test_resnet", "image_size": 16}}},
         student=None,
         data={"store_url": tiny_corpus.url},
         steps=1,
@@ -143,5 +144,5 @@ def test_a_teacher_exports_as_an_image_network(tiny_corpus: Store, tmp_path: Pat
     assert torch.equal(teacher.describe(views), find_encoder(trained.url).encoder.describe(views))  # type: ignore[operator]
     card = (Path(trained.export_url) / "README.md").read_text()
     assert "test_resnet, 16 px, 3 classes" in card and "a teacher is judged by what its students learn" in card
-    weights = json.loads((Path(trained.export_url) / "model.json").read_text())["image_model"]["weights"]
+    weights = json.loads((Path(trained.export_url) / "model.json").read_text())["image_model"]["trunk"]["weights"]
     assert weights is None

@@ -216,7 +216,7 @@ def without_training(folder: RunFolder) -> None:
 
 
 def teacher(folder: RunFolder) -> None:
-    image_model = {"name": "test_resnet", "image_size": 16}
+    image_model = {"trunk": {"name": "test_resnet", "image_size": 16}}
     folder.write_config(
         tiny_config("corpus.zarr", objective={"kind": "view_classifier", "image_model": image_model}, student=None)
     )

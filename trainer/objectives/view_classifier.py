@@ -11,7 +11,7 @@ from torch import Tensor
 from datastore.batch import Batch
 from datastore.errors import DoNotRetry
 from models.encoding import PointEncoder
-from models.image_models import ImageModelConfig, MultiViewClassifier
+from models.image_models.multi_view import MultiViewClassifier, MultiViewClassifierConfig
 from trainer.augment import uniform
 from trainer.objectives.base import Corpus, Objective, Terms
 from trainer.objectives.means import UNLABELLED, rank_share, smoothed_cross_entropy
@@ -23,7 +23,7 @@ class ViewClassifierConfig(BaseModel, extra="forbid", frozen=True):
     kind: Literal["view_classifier"] = "view_classifier"
     needs_student: ClassVar[bool] = False
 
-    image_model: ImageModelConfig
+    image_model: MultiViewClassifierConfig
     label_smoothing: float = Field(0.2, ge=0, lt=1)
     views_per_step: PositiveInt | None = None  # of each shape, drawn anew each epoch; None: all, as published
 
@@ -52,7 +52,8 @@ class ViewClassifier(Objective[ViewClassifierBatch]):
                 "Ingest a source that has them."
             )
         self.config = config
-        self.classifier = MultiViewClassifier(config.image_model, len(corpus.class_names))
+        image_model = config.image_model.model_copy(update={"num_classes": len(corpus.class_names)})
+        self.classifier = image_model.build()
 
     @property
     def encoder(self) -> MultiViewClassifier:

@@ -192,10 +192,10 @@ def test_an_unknown_protocol_in_a_recipe_is_refused_at_once() -> None:
 
 def test_an_image_network_is_refused(tmp_path: Path, tiny_corpus: Store) -> None:
     from models.exported import save_exported
-    from models.image_models import ImageModelConfig, MultiViewClassifier
+    from models.image_models import build_image_model
 
-    config = ImageModelConfig(name="test_resnet", image_size=32)
-    described = {"kind": "image_model", "image_model": config.model_dump(), "num_classes": 3}
-    save_exported(tmp_path / "teacher", described, MultiViewClassifier(config, 3), "card", {})
+    config = {"kind": "pooled", "trunk": {"name": "test_resnet", "image_size": 32}}
+    described = {"kind": "image_model", "image_model": config}
+    save_exported(tmp_path / "teacher", described, build_image_model(config), "card", {})
     with pytest.raises(AskedWrongly, match="is an image network"):
         evaluated(str(tmp_path / "teacher"), open_store(tiny_corpus.url))

@@ -26,7 +26,7 @@ CORPUS = Corpus(
     image_size=32,
     teacher_dims={"teacher": WIDTH},
 )
-IMAGE_MODEL = {"name": "test_resnet", "image_size": 32}
+IMAGE_MODEL = {"trunk": {"name": "test_resnet", "image_size": 32}}
 
 
 def pointmcd_batch() -> PointMCDBatch:

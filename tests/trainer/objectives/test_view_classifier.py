@@ -21,7 +21,7 @@ CORPUS = Corpus(class_names=("chair", "lamp", "table"), num_views=4, image_size=
 def make_objective(views_per_step: int | None = None) -> ViewClassifier:
     torch.manual_seed(0)
     config = ViewClassifierConfig.model_validate(
-        {"image_model": {"name": "test_resnet", "image_size": 32}, "views_per_step": views_per_step}
+        {"image_model": {"trunk": {"name": "test_resnet", "image_size": 32}}, "views_per_step": views_per_step}
     )
     return config.build(None, CORPUS)
 
@@ -75,6 +75,6 @@ def test_fewer_views_a_step_make_a_smaller_forward_pass() -> None:
 
 
 def test_a_store_without_classes_is_refused() -> None:
-    config = ViewClassifierConfig.model_validate({"image_model": {"name": "test_resnet", "image_size": 32}})
+    config = ViewClassifierConfig.model_validate({"image_model": {"trunk": {"name": "test_resnet", "image_size": 32}}})
     with pytest.raises(DoNotRetry, match="names no classes"):
         config.build(None, dataclasses.replace(CORPUS, class_names=()))

@@ -1,4 +1,4 @@
-"""Tests of models/image_models.py."""
+"""Tests of image networks: trunks, weights, and what is built on them."""
 
 from pathlib import Path
 
@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.image_models import ImageModelConfig, MultiViewClassifier, PooledTrunk, build_trunk, read_weights
+from models.image_models.multi_view import MultiViewClassifier, MultiViewClassifierConfig
+from models.image_models.pooled import PooledTrunkConfig
+from models.image_models.trunk import TrunkConfig, build_trunk, read_weights
 
 TRUNK = "test_resnet"
-CONFIG = ImageModelConfig(name=TRUNK, image_size=32)
+CONFIG = TrunkConfig(name=TRUNK, image_size=32)
 
 
 def views(b: int = 2, v: int = 3, size: int = 32, seed: int = 0) -> Tensor:
@@ -20,13 +22,14 @@ def views(b: int = 2, v: int = 3, size: int = 32, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (b, v, size, size, 3), generator=generator, dtype=torch.uint8)
 
 
-def classifier(config: ImageModelConfig = CONFIG) -> MultiViewClassifier:
+def classifier(config: TrunkConfig = CONFIG) -> MultiViewClassifier:
     torch.manual_seed(0)
-    return MultiViewClassifier(config, num_classes=5).eval()
+    return MultiViewClassifierConfig(trunk=config, num_classes=5).build().eval()
 
 
 def test_the_teacher_has_as_many_parameters_as_the_paper_s() -> None:
-    teacher = MultiViewClassifier(ImageModelConfig(name="mobilenetv2_100", image_size=224), num_classes=40)
+    trunk = TrunkConfig(name="mobilenetv2_100", image_size=224)
+    teacher = MultiViewClassifierConfig(trunk=trunk, num_classes=40).build()
     assert sum(parameter.numel() for parameter in teacher.parameters()) == 3_163_904
     assert teacher.classifier.bias is None
 
@@ -76,7 +79,7 @@ def test_views_of_another_size_are_resized() -> None:
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_vit", "lcnet_035"])
 def test_any_timm_network_serves_as_trunk(name: str) -> None:
     """Among them one whose pooled features are wider than its last map, and one made for a single image size."""
-    assert classifier(ImageModelConfig(name=name, image_size=32)).describe(views()).shape == (2, 3, 512)
+    assert classifier(TrunkConfig(name=name, image_size=32)).describe(views()).shape == (2, 3, 512)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -124,12 +127,12 @@ def test_weights_of_the_right_names_and_wrong_shapes_are_refused(tmp_path: Path)
 
 def test_a_pooled_trunk_says_of_each_view_what_timm_says_of_the_image() -> None:
     config = CONFIG.model_copy(update={"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)})
-    teacher, images = PooledTrunk(config).eval(), views()
+    teacher, images = PooledTrunkConfig(trunk=config).build().eval(), views()
     pixels = images.flatten(0, 1).permute(0, 3, 1, 2) / 255
     normalised = (pixels - torch.tensor(config.mean).view(3, 1, 1)) / torch.tensor(config.std).view(3, 1, 1)
     described = teacher.describe(images)
     torch.testing.assert_close(described, teacher.trunk(normalised).view(2, 3, -1))
-    assert described.shape == (2, 3, teacher.descriptor_width)
+    assert described.shape == (2, *teacher.field_sizes(3)["view_features"])
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -161,4 +164,4 @@ def test_a_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_network_is_refused_with_names_like_it() -> None:
     with pytest.raises(ValueError, match=r"no model 'mobilenetv2_1000'.*mobilenetv2_"):
-        build_trunk(ImageModelConfig(name="mobilenetv2_1000", image_size=64))
+        build_trunk(TrunkConfig(name="mobilenetv2_1000", image_size=64))

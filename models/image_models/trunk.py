@@ -1,12 +1,11 @@
-"""Image networks from timm over rendered views: PointMCD's multi-view classifier, its teacher for classification.
+"""Trunks of image networks: any timm model up to its pooled features, its weights, and how views are made ready for it.
 
 Nothing here downloads. Weights come from a local file or are random, which whoever builds the model says aloud.
 """
 
 import pickle
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +13,8 @@ from jaxtyping import Float, UInt8
 from pydantic import BaseModel, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from models.heads import Projection
 
-DESCRIPTOR_WIDTH = 512
-
-
-class ImageModelConfig(BaseModel, extra="forbid", frozen=True):
+class TrunkConfig(BaseModel, extra="forbid", frozen=True):
     """A timm network and how images are made ready for it."""
 
     name: str  # timm's
@@ -27,70 +22,6 @@ class ImageModelConfig(BaseModel, extra="forbid", frozen=True):
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # PointMCD does not normalise, not even for ImageNet weights
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (1.0, 1.0, 1.0)
     weights: str | None = None  # a safetensors or torch file of this timm model; None: random
-
-
-@dataclass(frozen=True)
-class ViewPredictions:
-    """What a multi-view classifier says of a batch of shapes."""
-
-    descriptors: Float[Tensor, "b v d"]
-    global_logits: Float[Tensor, "b k"]
-    view_logits: Float[Tensor, "b v k"]
-
-
-class MultiViewClassifier(nn.Module):
-    """Classifies a shape from its views and from each alone; 3,163,904 parameters with MobileNetV2 and 40 classes."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, config: ImageModelConfig, num_classes: int) -> None:
-        super().__init__()
-        self.trunk = build_trunk(config)
-        self.to_descriptor = Projection(cast(int, self.trunk.head_hidden_size), DESCRIPTOR_WIDTH)
-        self.to_global = Projection(DESCRIPTOR_WIDTH, DESCRIPTOR_WIDTH)
-        self.classifier = nn.Linear(DESCRIPTOR_WIDTH, num_classes, bias=False)
-        self.image_size = config.image_size
-        self.descriptor_width = DESCRIPTOR_WIDTH
-        # Not part of the weights: they belong to the config, and two names for one fact could disagree
-        self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
-
-    def forward(self, views: UInt8[Tensor, "b v h w 3"]) -> ViewPredictions:
-        """Descriptors, and logits of the shape (from the maximum over views) and of each view, by one classifier."""
-        descriptors = self.describe(views)
-        shape = self.to_global(descriptors.amax(dim=1))
-        return ViewPredictions(descriptors, self.classifier(shape), self.classifier(descriptors))
-
-    def describe(self, views: UInt8[Tensor, "b v h w 3"]) -> Float[Tensor, "b v d"]:
-        """PointMCD's T_v, nowhere negative: 512 numbers a view, from that view alone in eval mode."""
-        features = self.trunk(self._images(views.flatten(0, 1)))
-        descriptors: Tensor = self.to_descriptor(features).unflatten(0, views.shape[:2])
-        return descriptors
-
-    def _images(self, views: UInt8[Tensor, "r h w 3"]) -> Float[Tensor, "r 3 s s"]:
-        return as_images(views, self.image_size, self.mean, self.std)
-
-
-class PooledTrunk(nn.Module):
-    """Any timm network as a teacher: its own pooled features of each view, nothing trained on top."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, config: ImageModelConfig) -> None:
-        super().__init__()
-        self.trunk = build_trunk(config)
-        self.image_size = config.image_size
-        self.descriptor_width = cast(int, self.trunk.head_hidden_size)
-        self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
-
-    def describe(self, views: UInt8[Tensor, "b v h w 3"]) -> Float[Tensor, "b v d"]:
-        """The features of each view, from that view alone in eval mode."""
-        features = self.trunk(as_images(views.flatten(0, 1), self.image_size, self.mean, self.std))
-        described: Tensor = features.unflatten(0, views.shape[:2])
-        return described
 
 
 def as_images(
@@ -104,7 +35,7 @@ def as_images(
     return normalised
 
 
-def build_trunk(config: ImageModelConfig) -> nn.Module:
+def build_trunk(config: TrunkConfig) -> nn.Module:
     """The timm network up to its pooled features, `head_hidden_size` wide."""
     import timm  # takes two seconds, and configs are read where no network is built
 
