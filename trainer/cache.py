@@ -30,7 +30,6 @@ from datastore.progress import Progress, format_seconds
 from datastore.stopping import stop_asked
 
 if TYPE_CHECKING:
-
     from datastore.layout import Store, TeacherAttributes
     from datastore.write import BlockWriter
     from models.image_models.teacher import ImageTeacher

@@ -38,10 +38,12 @@ class CorpusConfig(BaseModel, extra="forbid", frozen=True):
 
 
 class PrepareConfig(BaseModel, extra="forbid", frozen=True):
-    """What must exist before the run: a corpus, and a teacher's features in it."""
+    """What must exist before the run: a corpus, a teacher's features in it, and networks that other jobs train."""
 
     corpus: CorpusConfig | None = None
     teacher_job: str | None = None  # the recipe that trains the objective's teacher
+    # Key of this recipe that takes the URL of an exported network -> the job that trains it
+    networks: dict[str, str] = {}
 
 
 class RunConfig(BaseModel, extra="forbid", frozen=True):

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from trainer.schedule import ScheduleConfig, lr_at
 
@@ -62,3 +63,37 @@ def test_a_run_that_is_all_warm_up_never_divides_by_zero() -> None:
 def test_an_epoch_that_the_run_does_not_finish_counts_as_one() -> None:
     schedule = ScheduleConfig(per="epoch")
     assert lr_at(schedule, 1.0, 10, 10, 15) == pytest.approx(0.5)
+
+
+def test_crosspoints_rates_are_those_of_a_schedule_stepped_before_each_epoch() -> None:
+    schedule = ScheduleConfig(per="epoch", offset_epochs=1)
+    rates = [lr_at(schedule, 1e-3, epoch * 7, 7, 100 * 7) for epoch in range(100)]
+    assert rates == pytest.approx([0.5e-3 * (1 + math.cos(math.pi * (epoch + 1) / 100)) for epoch in range(100)])
+    assert rates[-1] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_pointcmts_rates_lag_one_epoch() -> None:
+    schedule = ScheduleConfig(per="epoch", offset_epochs=-1)
+    rates = [lr_at(schedule, 1e-3, epoch * 307, 307, 1000 * 307) for epoch in range(1000)]
+    assert rates[0] == rates[1] == 1e-3
+    assert rates[500] == pytest.approx(1e-3 * (1 + math.cos(math.pi * 499 / 1000)) / 2)
+
+
+def test_i2p_maes_rates_warm_up_beneath_a_cosine_that_outlasts_the_run() -> None:
+    schedule = ScheduleConfig(
+        per="epoch", end_lr=1e-6, warmup_epochs=10, warmup_start_lr=1e-6, period_epochs=400, offset_epochs=-1
+    )
+    rates = [lr_at(schedule, 1e-3, epoch * 655, 655, 301 * 655) for epoch in range(301)]
+    assert rates[0] == rates[1] == 1e-6
+    assert rates[6] == pytest.approx(1e-6 + 5 * (1e-3 - 1e-6) / 10)
+    assert rates[11] == pytest.approx(1e-6 + 0.5 * (1e-3 - 1e-6) * (1 + math.cos(math.pi * 10 / 400)))
+    assert rates[300] == pytest.approx(1.5e-4, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"per": "epoch", "warmup_steps": 3}, {"per": "step", "warmup_epochs": 3}, {"per": "step", "offset_epochs": 1}],
+)
+def test_a_schedule_counts_in_one_unit(settings: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=r"schedules per (step|epoch)"):
+        ScheduleConfig.model_validate(settings)

@@ -1,7 +1,6 @@
-"""What holds for every objective. A new one adds a case."""
+"""What holds for every objective. A new one adds its cases."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
@@ -14,64 +13,20 @@ from datastore.batch import Batch
 from datastore.schema import FIELDS
 from models.students import build_student
 from tests.ranks import run_ranks
+from tests.trainer.objectives.cases import pointmcd, view_classifier
+from tests.trainer.objectives.cases.case import SAMPLES, Case
 from trainer.objectives import ObjectiveConfig
-from trainer.objectives.base import Corpus, Objective
-from trainer.objectives.pointmcd import PointMCDBatch
-from trainer.objectives.view_classifier import ViewClassifierBatch
+from trainer.objectives.base import Objective
 
-CLASSES, VIEWS, SAMPLES, POINTS, WIDTH = 3, 4, 6, 32, 16
-CORPUS = Corpus(
-    class_names=tuple(f"class {k}" for k in range(CLASSES)),
-    num_views=VIEWS,
-    image_size=32,
-    teacher_dims={"teacher": WIDTH},
-)
-IMAGE_MODEL = {"trunk": {"name": "test_resnet", "image_size": 32}}
-
-
-def pointmcd_batch() -> PointMCDBatch:
-    random = torch.Generator().manual_seed(0)
-    visibility = torch.rand(SAMPLES, POINTS, VIEWS, generator=random) < 0.4
-    visibility[0, :, 1:] = False  # ranks with half a batch have unequal numbers of empty views
-    visibility[1, :, 2] = False
-    visibility[5, :, 0] = False
-    label = torch.randint(0, CLASSES, (SAMPLES,), generator=random)
-    label[4] = -1  # and of labels
-    points = torch.randn(SAMPLES, POINTS, 3, generator=random)
-    features = torch.rand(SAMPLES, VIEWS, WIDTH, generator=random)
-    return PointMCDBatch(torch.arange(SAMPLES), torch.arange(SAMPLES) * 7, points, visibility, label, features)
-
-
-def view_classifier_batch() -> ViewClassifierBatch:
-    random = torch.Generator().manual_seed(0)
-    views = torch.randint(0, 256, (SAMPLES, VIEWS, 32, 32, 3), generator=random, dtype=torch.uint8)
-    label = torch.randint(0, CLASSES, (SAMPLES,), generator=random)
-    label[:2] = -1
-    return ViewClassifierBatch(torch.arange(SAMPLES), torch.arange(SAMPLES) * 7, views, label)
-
-
-CASES: dict[str, tuple[dict[str, Any], Callable[[], Batch]]] = {
-    "pointmcd": ({"kind": "pointmcd", "teacher": "teacher"}, pointmcd_batch),
-    "pointmcd, empty views counted": (
-        {"kind": "pointmcd", "teacher": "teacher", "count_empty_views": True},
-        pointmcd_batch,
-    ),
-    "pointmcd without a teacher": ({"kind": "pointmcd", "teacher": "none", "alignment_weight": 0}, pointmcd_batch),
-    "pointmcd without labels": ({"kind": "pointmcd", "teacher": "teacher", "task_weight": 0}, pointmcd_batch),
-    "view_classifier": ({"kind": "view_classifier", "image_model": IMAGE_MODEL}, view_classifier_batch),
-    "view_classifier, some views": (
-        {"kind": "view_classifier", "image_model": IMAGE_MODEL, "views_per_step": 2},
-        view_classifier_batch,
-    ),
-}
+CASES: dict[str, Case] = pointmcd.CASES | view_classifier.CASES
 
 
 def build(case: str) -> Objective[Any]:
     """The same weights every time, in eval mode: batch statistics would tie samples together."""
     torch.manual_seed(0)
-    config: Any = TypeAdapter(ObjectiveConfig).validate_python(CASES[case][0])
-    student = build_student({"kind": "pointnet", "width": 0.125}) if config.needs_student else None
-    objective: Objective[Any] = config.build(student, CORPUS).eval()
+    config: Any = TypeAdapter(ObjectiveConfig).validate_python(CASES[case].config)
+    student = build_student(CASES[case].student) if config.needs_student else None
+    objective: Objective[Any] = config.build(student, CASES[case].corpus).eval()
     for name, parameter in objective.named_parameters():
         if not parameter.any() and name.endswith("weight"):  # image networks begin with residual branches switched off
             torch.nn.init.ones_(parameter)
@@ -95,22 +50,22 @@ def part_of(batch: Batch, rows: slice) -> Any:
 def terms_and_gradients_of_this_rank() -> dict[str, Any]:
     rank, half = dist.get_rank(), SAMPLES // 2
     return {
-        case: backward(build(case), part_of(make_batch(), slice(rank * half, (rank + 1) * half)))
-        for case, (_, make_batch) in CASES.items()
+        name: backward(build(name), part_of(case.batch(), slice(rank * half, (rank + 1) * half)))
+        for name, case in CASES.items()
     }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradient_reaches_every_parameter(case: str) -> None:
     objective = build(case)
-    _, gradients = backward(objective, CASES[case][1]())
+    _, gradients = backward(objective, CASES[case].batch())
     for name, _ in objective.named_parameters():
         assert name in gradients and gradients[name].any() and torch.isfinite(gradients[name]).all(), name
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_reaches_the_data(case: str) -> None:
-    batch = CASES[case][1]()
+    batch = CASES[case].batch()
     before = {field.name: getattr(batch, field.name).clone() for field in dataclasses.fields(batch)}
     for name, tensor in vars(batch).items():
         if tensor.is_floating_point() and name != "points":
@@ -122,7 +77,7 @@ def test_nothing_reaches_the_data(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_terms_are_weighted_float32_scalars_that_a_training_step_lowers(case: str) -> None:
-    objective, batch = build(case).train(), CASES[case][1]()
+    objective, batch = build(case).train(), CASES[case].batch()
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.05)
     losses = []
     for _ in range(8):
@@ -135,7 +90,7 @@ def test_terms_are_weighted_float32_scalars_that_a_training_step_lowers(case: st
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_batch_gives_the_same_terms_and_gradients_to_the_bit(case: str) -> None:
-    batch = CASES[case][1]()
+    batch = CASES[case].batch()
     first, second = backward(build(case).train(), batch), backward(build(case).train(), batch)
     for before, after in zip(first, second, strict=True):
         assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -143,7 +98,7 @@ def test_the_same_batch_gives_the_same_terms_and_gradients_to_the_bit(case: str)
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_order_of_samples_does_not_matter(case: str) -> None:
-    batch, objective = CASES[case][1](), build(case)
+    batch, objective = CASES[case].batch(), build(case)
     order: Any = [3, 0, 5, 1, 2, 4]
     expected = backward(objective, batch)[0]
     for name, term in backward(objective, part_of(batch, order))[0].items():
@@ -152,16 +107,17 @@ def test_the_order_of_samples_does_not_matter(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_batch_without_labels_is_finite(case: str) -> None:
-    batch = CASES[case][1]()
-    unlabelled = dataclasses.replace(batch, label=torch.full((SAMPLES,), -1))  # type: ignore[call-arg]
-    terms, gradients = backward(build(case).train(), unlabelled)
+    batch = CASES[case].batch()
+    if "label" in batch.store_fields():
+        batch = dataclasses.replace(batch, label=torch.full((SAMPLES,), -1))  # type: ignore[call-arg]
+    terms, gradients = backward(build(case).train(), batch)
     assert all(torch.isfinite(value).all() for value in (*terms.values(), *gradients.values()))
 
 
 def test_half_a_batch_on_each_of_two_ranks_is_the_whole_batch_on_one() -> None:
     ranks = run_ranks(terms_and_gradients_of_this_rank)
-    for case, (_, make_batch) in CASES.items():
-        whole = backward(build(case), make_batch())
+    for case in CASES:
+        whole = backward(build(case), CASES[case].batch())
         for expected, *parts in zip(whole, *(rank[case] for rank in ranks), strict=True):
             assert parts[0].keys() == parts[1].keys() == expected.keys(), case
             for name, value in expected.items():
@@ -172,9 +128,9 @@ def test_half_a_batch_on_each_of_two_ranks_is_the_whole_batch_on_one() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_batch_names_fields_of_the_store(case: str) -> None:
     batch_type = build(case).batch_type
-    assert isinstance(CASES[case][1](), batch_type) and set(batch_type.store_fields()) <= FIELDS.keys()
+    assert isinstance(CASES[case].batch(), batch_type) and set(batch_type.store_fields()) <= FIELDS.keys()
 
 
 def test_every_objective_of_the_union_has_a_case() -> None:
     kinds = {config.model_fields["kind"].default for config in get_args(get_args(ObjectiveConfig)[0])}
-    assert kinds == {config["kind"] for config, _ in CASES.values()}
+    assert kinds == {case.config["kind"] for case in CASES.values()}
