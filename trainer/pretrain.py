@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from datastore.errors import EXIT_DONE, AskedWrongly, DoNotRetry, Stopped
 from datastore.progress import Progress
 from datastore.stopping import stop_asked
+from trainer.heartbeat import HEART
 from trainer.schedule import lr_at
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains from the newest checkpoint to the end; raises Stopped where it was asked to stop and all work is saved."""
+    HEART.start()
     with stop_asked() as stop:  # before the imports, which take seconds: a signal meanwhile is not lost
         from trainer.distributed import World, joined
         from trainer.runfolder import RunFolder
@@ -114,9 +116,11 @@ def pretrain(config: "RunConfig", folder: "RunFolder", world: "World", stop: "th
                 report.not_finite(position, problem)
                 raise DoNotRetry(problem)
             report.step(position, agreed.terms, lr, engine.grad_norm)
+            HEART.beat(position.step)
 
             if agreed.save or agreed.stop or position.step == total_steps:
                 account.enter("checkpoint")
+                HEART.enter("checkpoint")
                 started = time.monotonic()
                 position = position.with_totals(account.seconds)
                 num_bytes = save(engine, position, checkpoints, config_hash=config.hash(), config=config.to_yaml())
@@ -131,6 +135,7 @@ def pretrain(config: "RunConfig", folder: "RunFolder", world: "World", stop: "th
                     f"The same command goes on from here."
                 )
             account.enter("data_wait")
+        HEART.enter("finishing")
         report.finished(position)
 
 

@@ -1,0 +1,55 @@
+"""What a worker leaves for its watchdog."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from trainer.heartbeat import HEARTBEAT_VARIABLE, Heart, read_beat
+
+
+def test_the_last_word_is_read_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "heartbeat")
+    assert read_beat(path) is None
+    monkeypatch.setenv(HEARTBEAT_VARIABLE, path)
+    heart = Heart()
+    heart.start()
+    first = read_beat(path)
+    assert first is not None and first[:2] == ("startup", 0)
+    heart.beat(1_000_000)
+    heart.enter("checkpoint")
+    last = read_beat(path)
+    assert last is not None and last[:2] == ("checkpoint", 1_000_000)
+    assert last.seconds > first.seconds
+
+
+def test_without_the_variable_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(HEARTBEAT_VARIABLE, raising=False)
+    heart = Heart()
+    heart.start()
+    heart.beat(1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_asked_by_its_agent_a_worker_shows_the_stacks_of_all_threads_and_works_on(tmp_path: Path) -> None:
+    script = """
+        import os, threading, time
+        from trainer.heartbeat import STACKS_SIGNAL, Heart
+        def upload_slowly(): time.sleep(600)
+        threading.Thread(target=upload_slowly, daemon=True).start()
+        Heart().start()
+        os.kill(os.getpid(), STACKS_SIGNAL)
+        print("still here")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={HEARTBEAT_VARIABLE: str(tmp_path / "heartbeat"), "PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "still here\n"
+    assert "upload_slowly" in done.stderr
+    assert "Current thread" in done.stderr
