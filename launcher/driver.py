@@ -11,12 +11,13 @@ from typing import Any, Final
 
 import fsspec
 
-from datastore.errors import EXIT_DONE, EXIT_STOPPED, AskedWrongly, MissingField
+from datastore.errors import EXIT_DONE, EXIT_STOPPED, AskedWrongly, DoNotRetry, MissingField
 from launcher.command import Command, Machine, node_command, process_command, worker_words
 from launcher.facts import FEATURES_CACHED, find_features, find_store, observe
 from launcher.local import Outcome, run_nodes, run_process, this_machine
 from launcher.nursery import Nursery
-from launcher.plan import Goal, Step, corpus_folder, plan, teacher_folder
+from launcher.plan import Goal, Prerequisite, Step, corpus_folder, plan
+from launcher.prerequisites import missing_networks, prerequisites_of
 from launcher.presence import HeldError, Presence
 from launcher.readings import ProgressReader
 from launcher.rendezvous import RendezvousStore
@@ -71,16 +72,26 @@ def resolve(spec: LaunchSpec) -> tuple[Goal, ChosenRun]:
         config = _with_store(config, f"{shared_url}/{corpus_folder(config.prepare.corpus)}")
     store_url = config.data.store_url
     assert store_url is not None
-    teacher = _teacher_of(config, spec, store_url)
-    check_world(spec.layout, {each.job: each.global_batch for each in (config, teacher) if each is not None})
+    prerequisites: tuple[Prerequisite, ...] = ()
+    if spec.is_demo or spec.prepare:
+
+        def load_job(job: str) -> RunConfig:
+            return _with_store(load_recipe(job, demo=spec.is_demo), store_url)
+
+        prepared = prerequisites_of(config, load_job, shared_url, store_url)
+        config, prerequisites = prepared.config, prepared.prerequisites
+    else:
+        _refuse_missing_networks(config)
+    check_world(
+        spec.layout, {each.job: each.global_batch for each in (config, *(needed.config for needed in prerequisites))}
+    )
     run = choose_run(runs_url, spec.run_name, config, same_store=spec.is_demo)
     goal = Goal(
         config=run.config,
         run_url=run.folder.url,
         store_url=store_url,
         makes_corpus=spec.is_demo,
-        teacher=teacher,
-        teacher_run_url=f"{shared_url}/{teacher_folder(teacher, store_url)}" if teacher is not None else None,
+        prerequisites=prerequisites,
     )
     _refuse_missing_features(goal)
     return goal, run
@@ -111,7 +122,7 @@ def headline(goal: Goal, spec: LaunchSpec) -> str:
         return f"viewpoint: {goal.config.job} on {goal.store_url}, {workers}, into {goal.run_url}"
     corpus = goal.config.prepare.corpus
     assert corpus is not None
-    small = "a small teacher and a small student" if goal.teacher is not None else "a small network"
+    small = "a small teacher and a small student" if goal.prerequisites else "a small network"
     return (
         f"viewpoint: {goal.config.job}, demo profile: no --data given, so it makes a corpus ({corpus.source}) and "
         f"trains {small}, minutes on 2 cores. On {workers}, into {goal.run_url}"
@@ -160,8 +171,8 @@ class _Launch:
     def _step(self, step: Step, store: RendezvousStore | None, stop: StopRequest, presence: Presence) -> Outcome:
         run = RunFolder(step.run_url, writer="launcher")
         with ExitStack() as held:
-            if step.kind == "teacher":
-                held.enter_context(Presence(run, "Other launches share this teacher: wait until it is trained."))
+            if step.kind == "prerequisite":
+                held.enter_context(Presence(run, "Other launches share this network: wait until it is trained."))
             if step.config is not None:
                 self._write_config(run, step)
             logs = logs_folder(run)
@@ -191,8 +202,8 @@ class _Launch:
                 self._run.append_event(
                     STEP_FINISHED, step=step.name, stage=step.kind, title=step.title, seconds=seconds
                 )
-                if step.kind == "cache":
-                    self._remember_features(logs / "node-0" / step.name)
+                if step.teacher is not None:
+                    self._remember_features(step.teacher, logs / "node-0" / step.name)
             _upload(run, logs)
             run.flush()
             return outcome
@@ -200,18 +211,18 @@ class _Launch:
     def _write_config(self, run: RunFolder, step: Step) -> None:
         config = step.config
         assert config is not None
-        if step.kind == "pretrain" and self._goal.teacher_name is not None:
-            features = find_features(self._goal, find_store(self._goal))
+        teacher: str | None = getattr(config.objective, "teacher", None)
+        if teacher is not None:
+            features = find_features(self._goal, find_store(self._goal), teacher)
             if features is not None:  # without them the stage itself says what is missing
                 config = pinned(config, features)
         run.write_config(config)
 
-    def _remember_features(self, folder: Path) -> None:
+    def _remember_features(self, teacher: Prerequisite, folder: Path) -> None:
         """Notes under which key the teacher's features lie: several teachers of one name can lie side by side."""
-        assert self._goal.teacher_run_url is not None
         newest = max(folder.glob("start-*/worker-0.out.log"))
         summary = json.loads(last_lines(newest, 1)[0])
-        teacher_run = RunFolder(self._goal.teacher_run_url, writer="launcher")
+        teacher_run = RunFolder(teacher.run_url, writer="launcher")
         teacher_run.append_event(FEATURES_CACHED, store=self._goal.store_url, teacher=summary["teacher"])
 
     def _listener(self, run: RunFolder) -> Callable[..., None]:
@@ -281,7 +292,7 @@ def print_plan(goal: Goal, spec: LaunchSpec, steps: tuple[Step, ...], machine: M
             print(json.dumps({"step": step.name, "done": step.done, "commands": commands}))
         return
     print(headline(goal, spec).replace("viewpoint:", "viewpoint launch --dry-run:", 1))
-    trained = [goal.config, *([goal.teacher] if goal.teacher is not None else [])]
+    trained = [goal.config, *(needed.config for needed in goal.prerequisites)]
     worlds = worlds_for(*(config.global_batch for config in trained))
     print(f"Worlds that divide the global batch: {', '.join(map(str, worlds))}. This one: {spec.layout.world}.")
     for number, step in enumerate(steps, start=1):
@@ -309,20 +320,13 @@ def commands_of(step: Step, spec: LaunchSpec, machine: Machine) -> list[Command]
     ]  # fmt: skip
 
 
-def _teacher_of(config: RunConfig, spec: LaunchSpec, store_url: str) -> RunConfig | None:
-    """The teacher that this launch trains where its features are missing; None where it trains none."""
-    if config.prepare.teacher_job is None or not (spec.is_demo or spec.prepare):
-        return None
-    return _with_store(load_recipe(config.prepare.teacher_job, demo=spec.is_demo), store_url)
-
-
 def _with_store(config: RunConfig, store_url: str) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"store_url": store_url})})
 
 
 def _refuse_missing_features(goal: Goal) -> None:
     """Ends a launch on data of one's own that lack a teacher's features, unless it is to write them."""
-    if goal.makes_corpus or goal.teacher is not None or goal.teacher_name is None:
+    if goal.makes_corpus or goal.prerequisites or goal.teacher_name is None:
         return
     store = find_store(goal)
     assert store is not None, "a store that somebody named is there"
@@ -336,6 +340,15 @@ def _refuse_missing_features(goal: Goal) -> None:
             else ""
         )
         raise MissingField(f"{error}{offer}") from error
+
+
+def _refuse_missing_networks(config: RunConfig) -> None:
+    """Ends a launch that needs a network of another job, unless it is to train it."""
+    for key, job in missing_networks(config).items():
+        raise DoNotRetry(
+            f"Job {config.job!r} needs a network that job {job!r} trains. Name its export with --set {key}=URL, or add "
+            f"--prepare to this command, which trains it on this store."
+        )
 
 
 def _ending(code: int) -> str:

@@ -15,11 +15,12 @@ def observe(goal: Goal) -> Facts:
     """The facts that a plan starts from."""
     store = find_store(goal)
     runs = [RunFolder(url) for url in (goal.run_url, *(goal.arm_url(arm) for arm in goal.arms))]
+    needed = [RunFolder(each.run_url) for each in goal.prerequisites]
+    teachers = {each.teacher for each in goal.prerequisites if each.teacher is not None}
     return Facts(
         corpus_ready=store is not None and store.is_complete(),
-        teacher_trained=goal.teacher_run_url is not None and RunFolder(goal.teacher_run_url).is_finished(),
-        features_ready=goal.teacher_name is None or find_features(goal, store) is not None,
-        trained=frozenset(run.url for run in runs if run.is_finished()),
+        cached=frozenset(name for name in teachers if find_features(goal, store, _asked_for(goal, name)) is not None),
+        trained=frozenset(run.url for run in (*runs, *needed) if run.is_finished()),
         evaluated=frozenset(
             (run.url, name) for run in runs for name, record in run.records().items() if _is_current(run, record, goal)
         ),
@@ -45,24 +46,36 @@ def find_store(goal: Goal) -> Store | None:
         raise
 
 
-def find_features(goal: Goal, store: Store | None) -> str | None:
-    """`name@hash` of the complete features that the run shall read, or None where they are not there yet."""
-    if store is None or goal.teacher_name is None:
+def _asked_for(goal: Goal, teacher: str) -> str:
+    """The teacher as the run names it, which may be bound to weights already."""
+    own = goal.teacher_name or ""
+    return own if own.partition("@")[0] == teacher else teacher
+
+
+def find_features(goal: Goal, store: Store | None, teacher: str) -> str | None:
+    """`name@hash` of the complete features that this launch shall read, or None where they are not there yet."""
+    if store is None:
         return None
-    if "@" in goal.teacher_name:  # the run began with these weights, and stays with them
-        return goal.teacher_name if goal.teacher_name in store.teachers else None
-    if goal.teacher_run_url is not None:
-        for event in reversed(RunFolder(goal.teacher_run_url).events()):
+    if "@" in teacher:  # the run began with these weights, and stays with them
+        return teacher if teacher in store.teachers else None
+    needed = goal.prerequisite_of_teacher(teacher)
+    if needed is not None:
+        for event in reversed(RunFolder(needed.run_url).events()):
             if (
                 event["event"] == FEATURES_CACHED
                 and event["store"] == goal.store_url
-                and event["teacher"] in store.teachers
+                and _holds(store, event["teacher"], needed.fields)
             ):
                 key: str = event["teacher"]
                 return key
         if goal.makes_corpus:
             return None  # what else lies in the demo's store comes from a teacher of another recipe
     try:
-        return store.resolve_teacher(goal.teacher_name)
+        key = store.resolve_teacher(teacher)
     except MissingField:
         return None
+    return key if needed is None or _holds(store, key, needed.fields) else None
+
+
+def _holds(store: Store, teacher: str, fields: tuple[str, ...]) -> bool:
+    return teacher in store.teachers and set(fields) <= set(store.teachers[teacher].fields)

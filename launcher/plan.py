@@ -10,7 +10,17 @@ from datastore.schema import SCHEMA_VERSION
 from trainer.config import CorpusConfig, RunConfig
 from trainer.evaluate import RANDOM_WEIGHTS
 
-Kind = Literal["ingest", "teacher", "cache", "pretrain", "evaluate", "report"]
+Kind = Literal["ingest", "prerequisite", "cache", "pretrain", "evaluate", "report"]
+
+
+@dataclass(frozen=True)
+class Prerequisite:
+    """A network that must be trained before the run, for its features in the store or for itself."""
+
+    config: RunConfig
+    run_url: str
+    teacher: str | None = None  # the name under which its features are cached; None: only the network is needed
+    fields: tuple[str, ...] = ()  # of the store, that are cached
 
 
 @dataclass(frozen=True)
@@ -21,8 +31,7 @@ class Goal:
     run_url: str
     store_url: str
     makes_corpus: bool
-    teacher: RunConfig | None = None  # to be trained where its features are missing
-    teacher_run_url: str | None = None
+    prerequisites: tuple[Prerequisite, ...] = ()  # in the order in which they depend on each other
 
     @property
     def arms(self) -> Mapping[str, RunConfig]:
@@ -35,6 +44,11 @@ class Goal:
         name: str | None = getattr(self.config.objective, "teacher", None)
         return name
 
+    def prerequisite_of_teacher(self, name: str) -> Prerequisite | None:
+        """The one that trains a teacher of this name, if the launch trains it."""
+        wanted = name.partition("@")[0]
+        return next((each for each in self.prerequisites if each.teacher == wanted), None)
+
     def arm_url(self, arm: str) -> str:
         """The run folder of one arm."""
         return f"{self.run_url}/arms/{arm}"
@@ -45,8 +59,7 @@ class Facts:
     """What is complete. Nothing, by default: a first run on an empty machine."""
 
     corpus_ready: bool = False
-    teacher_trained: bool = False
-    features_ready: bool = False
+    cached: frozenset[str] = frozenset()  # teachers, by name, whose features are in the store
     trained: frozenset[str] = frozenset()  # URLs of runs whose training is finished
     evaluated: frozenset[tuple[str, str]] = frozenset()  # run URL, name of the record
     reported: bool = False
@@ -64,6 +77,7 @@ class Step:
     on_nodes: bool  # on every node, or one process
     done: bool
     config: RunConfig | None = None  # what a training step trains
+    teacher: Prerequisite | None = None  # whose features a caching step writes
 
 
 def plan(goal: Goal, facts: Facts) -> tuple[Step, ...]:
@@ -71,8 +85,8 @@ def plan(goal: Goal, facts: Facts) -> tuple[Step, ...]:
     steps: list[Step] = []
     if goal.makes_corpus:
         steps.append(_ingest(goal, facts))
-    if goal.teacher is not None:
-        steps += _teacher(goal, goal.teacher, facts)
+    for each in goal.prerequisites:
+        steps += _prerequisite(goal, each, facts)
     runs = {"": (goal.run_url, goal.config)} | {arm: (goal.arm_url(arm), config) for arm, config in goal.arms.items()}
     steps += [_pretrain(arm, url, config, facts) for arm, (url, config) in runs.items()]
     if goal.config.student is not None:  # protocols judge encoders of points
@@ -100,7 +114,7 @@ def corpus_folder(corpus: CorpusConfig) -> str:
 
 
 def teacher_folder(teacher: RunConfig, store_url: str) -> str:
-    """The name of a teacher's run folder: the same recipe on the same corpus finds the same teacher."""
+    """The name of a prerequisite's run folder: the same recipe on the same corpus finds the same network."""
     return f"{teacher.job}-{_digest([teacher.hash(), store_url])}"
 
 
@@ -118,30 +132,66 @@ def _ingest(goal: Goal, facts: Facts) -> Step:
     return Step("ingest", "ingest", "corpus", words, goal.run_url, on_nodes=False, done=facts.corpus_ready)
 
 
-def _teacher(goal: Goal, teacher: RunConfig, facts: Facts) -> list[Step]:
-    run_url, name = goal.teacher_run_url, goal.teacher_name
-    assert run_url is not None and name is not None, "a goal with a teacher says where and who it is"
-    return [
+def _prerequisite(goal: Goal, needed: Prerequisite, facts: Facts) -> list[Step]:
+    is_teacher = needed.teacher is not None and needed is goal.prerequisite_of_teacher(goal.teacher_name or "")
+    cached = needed.teacher in facts.cached
+    # a network that only its features are needed of is not trained where they are there
+    is_loaded = any(f"{needed.run_url}/export" in _texts(config) for config in _configs(goal))
+    steps = [
         Step(
-            "teacher",
-            "teacher",
-            "teacher",
-            ("pretrain", "--config", f"{run_url}/config.yaml", "--run", run_url),
-            run_url,
+            "prerequisite",
+            "teacher" if is_teacher else needed.config.job,
+            "teacher" if is_teacher else spoken(needed.config.job),
+            ("pretrain", "--config", f"{needed.run_url}/config.yaml", "--run", needed.run_url),
+            needed.run_url,
             on_nodes=True,
-            done=facts.teacher_trained or facts.features_ready,
-            config=teacher,
-        ),
-        Step(
-            "cache",
-            "cache",
-            "teacher features",
-            ("cache", goal.store_url, "--teacher", name.partition("@")[0], "--weights", f"{run_url}/export", "--json"),
-            goal.run_url,
-            on_nodes=True,
-            done=facts.features_ready,
-        ),
+            done=needed.run_url in facts.trained or (cached and not is_loaded),
+            config=needed.config,
+        )
     ]
+    if needed.teacher is not None:
+        words = (
+            "cache",
+            goal.store_url,
+            "--teacher",
+            needed.teacher,
+            "--weights",
+            f"{needed.run_url}/export",
+            "--json",
+        )
+        fields = () if needed.fields == ("view_features",) else ("--fields", *needed.fields)
+        steps.append(
+            Step(
+                "cache",
+                "cache" if is_teacher else _joined("cache", needed.teacher),
+                "teacher features" if is_teacher else f"features of {spoken(needed.teacher)}",
+                (*words, *fields),
+                goal.run_url,
+                on_nodes=True,
+                done=cached,
+                teacher=needed,
+            )
+        )
+    return steps
+
+
+def _configs(goal: Goal) -> list[RunConfig]:
+    return [goal.config, *(each.config for each in goal.prerequisites)]
+
+
+def _texts(config: RunConfig) -> set[str]:
+    """Every text among a config's values."""
+
+    def walk(value: object) -> set[str]:
+        if isinstance(value, str):
+            return {value}
+        if isinstance(value, Mapping):
+            return set().union(*(walk(each) for each in value.values()), set())
+        if isinstance(value, list | tuple):
+            return set().union(*(walk(each) for each in value), set())
+        return set()
+
+    return walk(config.model_dump(mode="json"))
 
 
 def _pretrain(arm: str, url: str, config: RunConfig, facts: Facts) -> Step:

@@ -95,7 +95,7 @@ def next_steps(run: RunFolder, goal: Goal, spec: LaunchSpec) -> list[str]:
     if goal.makes_corpus:
         steps.append(("is it chance?", f"{launch} --set seed=1"))
         steps.append(("your own shapes", "viewpoint ingest MESHES STORE"))
-        steps.append(("", f"{launch} --data STORE" + " --prepare" * (goal.teacher is not None)))
+        steps.append(("", f"{launch} --data STORE" + " --prepare" * (bool(goal.prerequisites))))
     return [f"{what:<17}{command}" for what, command in steps]
 
 

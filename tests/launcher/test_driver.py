@@ -17,7 +17,7 @@ from launcher.__main__ import main
 from launcher.command import Layout
 from launcher.driver import describe_event, hold, logs_folder, resolve
 from launcher.facts import FEATURES_CACHED, find_features, observe
-from launcher.plan import Facts, Goal
+from launcher.plan import Facts, Goal, Prerequisite
 from launcher.spec import LaunchSpec
 from tests.runs import tiny_config, write_corpus
 from tests.stores import write_small_store
@@ -80,9 +80,7 @@ def test_data_without_the_teachers_features_are_refused_with_both_ways_out(here:
     assert "Or add --prepare to this command: it trains 'pointmcd_teacher' on this store" in str(refused.value)
     assert refused.value.exit_code == EXIT_DO_NOT_RETRY
     goal, _ = resolve(LaunchSpec("pointmcd", Layout(1), data_url="shapes.zarr", prepare=True))
-    assert goal.teacher is not None
-    assert goal.teacher_run_url is not None
-    assert goal.teacher_run_url.startswith("runs/pointmcd_teacher-")
+    assert [each.run_url.rpartition("-")[0] for each in goal.prerequisites] == ["runs/pointmcd_teacher"]
 
 
 def test_two_launches_begun_in_the_same_moment_take_two_numbers(here: Path) -> None:
@@ -100,15 +98,14 @@ def test_what_is_complete_is_seen_where_it_lies(here: Path) -> None:
     spec = LaunchSpec("pointmcd", Layout(1))
     goal, _ = resolve(spec)
     assert observe(goal) == Facts()
-    assert goal.teacher_run_url is not None
-    RunFolder(goal.teacher_run_url).append_event("finished", step=1)
+    (teacher,) = goal.prerequisites
+    RunFolder(teacher.run_url).append_event("finished", step=1)
     RunFolder(goal.run_url).append_event("finished", step=1)
     arm = RunFolder(goal.arm_url("distillation_off"))
     arm.append_event("finished", step=9)
     arm.write_record("svm@heldout", scored(goal.store_url, step=9))
     facts = observe(goal)
-    assert facts.teacher_trained
-    assert facts.trained == {goal.run_url, arm.url}
+    assert facts.trained == {goal.run_url, arm.url, teacher.run_url}
     assert facts.evaluated == {(arm.url, "svm@heldout")}
 
 
@@ -132,11 +129,12 @@ def test_the_demo_reads_the_features_of_its_own_teacher_alone(here: Path) -> Non
     store = write_corpus("corpus.zarr")
     (key,) = store.teachers
     config = load_recipe("pointmcd", demo=True, assignments=["objective.teacher=teacher"], store_url=store.url)
-    goal = Goal(config, "runs/a", store.url, makes_corpus=True, teacher=config, teacher_run_url="runs/t")
-    assert find_features(goal, store) is None, "they come from a teacher of another recipe"
+    teacher = Prerequisite(config, "runs/t", teacher="teacher", fields=("view_features",))
+    goal = Goal(config, "runs/a", store.url, makes_corpus=True, prerequisites=(teacher,))
+    assert find_features(goal, store, "teacher") is None, "they come from a teacher of another recipe"
     RunFolder("runs/t").append_event(FEATURES_CACHED, store=store.url, teacher=key)
-    assert find_features(goal, store) == key
-    assert find_features(goal, None) is None
+    assert find_features(goal, store, "teacher") == key
+    assert find_features(goal, None, "teacher") is None
 
 
 def test_on_data_of_ones_own_features_that_are_there_are_used(here: Path) -> None:
@@ -144,9 +142,8 @@ def test_on_data_of_ones_own_features_that_are_there_are_used(here: Path) -> Non
     (key,) = store.teachers
     config = load_recipe("pointmcd", demo=False, assignments=["objective.teacher=teacher"], store_url=store.url)
     goal = Goal(config, "runs/a", store.url, makes_corpus=False)
-    assert find_features(goal, store) == key
-    absent = load_recipe("pointmcd", demo=False, assignments=["objective.teacher=teacher@00000000"])
-    assert find_features(Goal(absent, "runs/a", store.url, makes_corpus=False), store) is None
+    assert find_features(goal, store, "teacher") == key
+    assert find_features(goal, store, "teacher@00000000") is None
 
 
 def test_a_run_on_object_storage_writes_its_logs_to_a_local_folder_of_its_own() -> None:

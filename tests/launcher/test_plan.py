@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.plan import Facts, Goal, Step, corpus_folder, plan, teacher_folder
+from launcher.plan import Facts, Goal, Prerequisite, Step, corpus_folder, plan, teacher_folder
 from trainer.config import load_recipe
 
 STORE = "runs/demo/corpus.zarr"
@@ -13,9 +13,8 @@ RUN = "runs/pointmcd-1"
 ARM = f"{RUN}/arms/distillation_off"
 EVERYTHING = Facts(
     corpus_ready=True,
-    teacher_trained=True,
-    features_ready=True,
-    trained=frozenset({RUN, ARM}),
+    cached=frozenset({"pointmcd_teacher"}),
+    trained=frozenset({RUN, ARM, TEACHER_RUN}),
     evaluated=frozenset({(RUN, "svm@heldout"), (ARM, "svm@heldout"), (RUN, "svm@heldout.random_weights")}),
     reported=True,
 )
@@ -28,8 +27,14 @@ def goal() -> Goal:
         run_url=RUN,
         store_url=STORE,
         makes_corpus=True,
-        teacher=load_recipe("pointmcd_teacher", demo=True, store_url=STORE),
-        teacher_run_url=TEACHER_RUN,
+        prerequisites=(
+            Prerequisite(
+                load_recipe("pointmcd_teacher", demo=True, store_url=STORE),
+                TEACHER_RUN,
+                teacher="pointmcd_teacher",
+                fields=("view_features",),
+            ),
+        ),
     )
 
 
@@ -53,7 +58,12 @@ def test_a_first_run_does_everything_in_the_order_in_which_things_depend_on_each
 
 
 def test_training_and_caching_run_on_nodes_the_rest_in_one_process(goal: Goal) -> None:
-    assert [step.kind for step in plan(goal, Facts()) if step.on_nodes] == ["teacher", "cache", "pretrain", "pretrain"]
+    assert [step.kind for step in plan(goal, Facts()) if step.on_nodes] == [
+        "prerequisite",
+        "cache",
+        "pretrain",
+        "pretrain",
+    ]
 
 
 def test_names_of_steps_are_unique_and_fit_a_folder(goal: Goal) -> None:
@@ -64,12 +74,12 @@ def test_names_of_steps_are_unique_and_fit_a_folder(goal: Goal) -> None:
 
 def test_what_is_complete_is_reused(goal: Goal) -> None:
     assert undone(plan(goal, EVERYTHING)) == []
-    second_run = replace(EVERYTHING, trained=frozenset(), evaluated=frozenset(), reported=False)
+    second_run = replace(EVERYTHING, trained=frozenset({TEACHER_RUN}), evaluated=frozenset(), reported=False)
     assert [step.name for step in plan(goal, second_run) if step.done] == ["ingest", "teacher", "cache"]
 
 
 def test_a_teacher_whose_features_are_there_is_not_trained_again(goal: Goal) -> None:
-    steps = {step.name: step for step in plan(goal, replace(EVERYTHING, teacher_trained=False))}
+    steps = {step.name: step for step in plan(goal, replace(EVERYTHING, trained=frozenset({RUN, ARM})))}
     assert steps["teacher"].done
     assert steps["cache"].done
 
@@ -89,7 +99,7 @@ def test_the_arm_trains_the_same_run_with_one_thing_changed(goal: Goal) -> None:
 
 
 def test_data_of_ones_own_are_neither_ingested_nor_given_a_teacher_unasked(goal: Goal) -> None:
-    own = replace(goal, makes_corpus=False, teacher=None, teacher_run_url=None)
+    own = replace(goal, makes_corpus=False, prerequisites=())
     assert [step.kind for step in plan(own, Facts())] == [
         "pretrain",
         "pretrain",
@@ -101,16 +111,15 @@ def test_data_of_ones_own_are_neither_ingested_nor_given_a_teacher_unasked(goal:
 
 
 def test_a_job_that_trains_an_image_network_is_not_judged_by_protocols_for_points(goal: Goal) -> None:
-    assert goal.teacher is not None
-    teacher_job = Goal(config=goal.teacher, run_url="runs/t-1", store_url=STORE, makes_corpus=True)
+    teacher_job = Goal(config=goal.prerequisites[0].config, run_url="runs/t-1", store_url=STORE, makes_corpus=True)
     assert [step.kind for step in plan(teacher_job, Facts())] == ["ingest", "pretrain", "report"]
 
 
 def test_corpora_and_teachers_are_found_again_by_their_settings_alone(goal: Goal) -> None:
     corpus = goal.config.prepare.corpus
     assert corpus is not None
-    assert goal.teacher is not None
+    teacher = goal.prerequisites[0].config
     assert corpus_folder(corpus) == corpus_folder(corpus.model_copy())
     assert corpus_folder(corpus) != corpus_folder(corpus.model_copy(update={"points": 2048}))
-    assert teacher_folder(goal.teacher, STORE) != teacher_folder(goal.teacher.with_overrides({"seed": 1}), STORE)
-    assert teacher_folder(goal.teacher, STORE) != teacher_folder(goal.teacher, "elsewhere.zarr")
+    assert teacher_folder(teacher, STORE) != teacher_folder(teacher.with_overrides({"seed": 1}), STORE)
+    assert teacher_folder(teacher, STORE) != teacher_folder(teacher, "elsewhere.zarr")

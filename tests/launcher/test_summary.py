@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launcher.command import Layout
-from launcher.plan import Goal
+from launcher.plan import Goal, Prerequisite
 from launcher.spec import LaunchSpec, check_world, worlds_for
 from launcher.summary import STEP_FINISHED, results_of, summarise, table
 from trainer.config import load_recipe
@@ -55,7 +55,7 @@ def goal(tmp_path: Path) -> Goal:
     arm.write_record("svm@heldout", record(0.78))
     run.append_event(STEP_FINISHED, title="corpus", seconds=61.0)
     run.append_event(STEP_FINISHED, title="pretrain", seconds=9.0)
-    return Goal(config, run.url, "runs/demo/corpus.zarr", makes_corpus=True, teacher=config, teacher_run_url="t")
+    return Goal(config, run.url, "runs/demo/corpus.zarr", makes_corpus=True, prerequisites=(Prerequisite(config, "t"),))
 
 
 def test_scores_stand_beside_each_other_then_places_times_and_what_to_do_next(goal: Goal) -> None:
