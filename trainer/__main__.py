@@ -23,6 +23,10 @@ STAGES: Final = {
 }
 
 
+_WRONG_PATH: Final = (errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+"""What is wrong with a path that somebody gave, and stays wrong when it is tried again."""
+
+
 class Stage(Protocol):
     """What each module in STAGES offers. Heavy imports wait until `run`, so that help comes at once."""
 
@@ -75,6 +79,12 @@ def run_guarded(stage: Stage, arguments: argparse.Namespace) -> int:
         )
         return EXIT_DO_NOT_RETRY
     except OSError as error:
+        if error.errno in _WRONG_PATH and error.filename:
+            print(
+                f"viewpoint: {error.filename}: {error.strerror}. Give another path, or mend what lies there.",
+                file=sys.stderr,
+            )
+            return EXIT_DO_NOT_RETRY
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             traceback.print_exc()
             return EXIT_FAILED
