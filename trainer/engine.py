@@ -138,14 +138,14 @@ class Engine:
 
     def close(self) -> None:
         """Ends the engine and the process group, which deepspeed keeps references to."""
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         self._engine.destroy()
         deepspeed.comm.destroy_process_group()
 
 
 def build_engine(objective: nn.Module, config: EngineConfig, world: World, split: BatchSplit) -> Engine:
     """The engine of this rank, in the process group that `distributed.joined` made; weights are those of rank 0."""
-    deepspeed = _import_deepspeed()
+    deepspeed = import_deepspeed()
     device = "cuda" if uses_gpu() else "cpu"
     if runs_in_bf16(config, device):
         # a forward of its own, not a context around the engine: deepspeed switches an outer autocast off.
@@ -192,7 +192,7 @@ def _deepspeed_config(config: EngineConfig, parameters: list[nn.Parameter], spli
     }
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
     """The module; here, because its import takes a while, and with its compilers and its chatter switched off."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if uses_gpu() else "cpu")
     with _quiet():
