@@ -14,20 +14,24 @@ from models.row_norm import RowNorm
 
 
 class Projection(nn.Module):
-    """A linear layer without bias, batch normalisation and ReLU: what it returns is nowhere negative."""
+    """A linear layer, batch normalisation and ReLU: what it returns is nowhere negative."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
-        self.linear = nn.Linear(in_features, out_features, bias=False)
+        self.linear = nn.Linear(in_features, out_features, bias=bias)
         self.norm = nn.BatchNorm1d(out_features)
 
     def forward(self, rows: Float[Tensor, "r c"]) -> Float[Tensor, "r d"]:
-        """The projected rows. No rows leave the statistics alone, and every weight still has a gradient, zero."""
-        projected = self.linear(rows)
-        if len(rows) > 0:
-            return F.relu(self.norm(projected), inplace=True)
-        norm = self.norm
-        return F.batch_norm(projected, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        """The projected rows. Fewer than two have no statistics: the running ones are used, and left alone.
+
+        With no rows at all, every weight still has a gradient, zero.
+        """
+        norm, projected = self.norm, self.linear(rows)
+        if len(rows) > 1:
+            normalised = norm(projected)
+        else:
+            normalised = F.batch_norm(projected, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        return F.relu(normalised, inplace=True)
 
 
 def classification_head(
@@ -43,10 +47,7 @@ def contrastive_head(
 ) -> nn.Sequential:
     """CrossPoint's projection of a pooled embedding. Its image branch has 512 hidden features and no bias."""
     return nn.Sequential(
-        nn.Linear(in_features, hidden_features, bias=bias),
-        nn.BatchNorm1d(hidden_features),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden_features, out_features, bias=bias),
+        Projection(in_features, hidden_features, bias=bias), nn.Linear(hidden_features, out_features, bias=bias)
     )
 
 

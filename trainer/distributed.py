@@ -90,6 +90,12 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def own_rows(num_rows: int) -> slice:
+    """Where this rank's rows lie among those that `gather` returns."""
+    first = dist.get_rank() * num_rows if dist.is_initialized() else 0
+    return slice(first, first + num_rows)
+
+
 def communication_device() -> torch.device:
     """Where tensors must lie to be sent to other ranks."""
     if dist.is_initialized() and "nccl" in dist.get_backend():

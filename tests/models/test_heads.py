@@ -50,6 +50,17 @@ def test_without_rows_statistics_stay_and_gradients_are_zero() -> None:
         assert parameter.grad is not None and not parameter.grad.any(), name
 
 
+def test_a_single_row_is_projected_by_the_running_statistics() -> None:
+    torch.manual_seed(0)
+    projection, row = Projection(6, 4), torch.randn(1, 6)
+    projection(torch.randn(20, 6) + 1)
+    assert projection.norm.running_mean is not None
+    before = projection.norm.running_mean.clone()
+    projected = projection(row)
+    assert torch.equal(projection.norm.running_mean, before)
+    torch.testing.assert_close(projected, projection.eval()(row))
+
+
 def test_part_segmentation_has_as_many_parameters_as_the_paper_s() -> None:
     student = PointNetConfig().build()
     head = part_segmentation_head(student, 16, 50)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from datastore.errors import AskedWrongly
 from tests.ranks import run_ranks
-from trainer.distributed import World, all_reduce_sum, barrier, gather, gather_reports, world_size
+from trainer.distributed import World, all_reduce_sum, barrier, gather, gather_reports, own_rows, world_size
 
 
 def _pair_losses(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -18,6 +18,7 @@ def _pair_losses(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 def _gathered_gradient(rows: torch.Tensor) -> torch.Tensor:
     rank = dist.get_rank()
     mine = rows.chunk(world_size())[rank].clone().requires_grad_()
+    assert torch.equal(gather(mine)[own_rows(len(mine))], mine)
     _pair_losses(mine, gather(mine)).backward()
     gradient = mine.grad
     assert gradient is not None
