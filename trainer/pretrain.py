@@ -331,16 +331,18 @@ def build_objective(config: "RunConfig", store: "Store") -> "Objective[Any]":
     import torch
 
     from models.students import build_student
-    from trainer.objectives.base import Corpus
+    from trainer.objectives.base import Corpus, TaughtFields
 
     torch.manual_seed(config.seed)
     # the student first: its weights do not depend on what the objective adds
     student = None if config.student is None else build_student(config.student)
     facts = store.corpus_facts
-    dims = {name: teacher.dim for name, teacher in store.teachers.items()}
-    if (teacher := getattr(config.objective, "teacher", None)) is not None:
-        dims[teacher] = dims[store.resolve_teacher(teacher)]
-    corpus = Corpus(facts.class_names, facts.num_views, facts.image_size, facts.part_names, dims)
+    teachers = dict(store.teachers)
+    if (name := getattr(config.objective, "teacher", None)) is not None:
+        teachers[name] = teachers[store.resolve_teacher(name)]
+    dims = {name: teacher.dim for name, teacher in teachers.items()}
+    taught = {name: TaughtFields(teacher.image_size, teacher.fields) for name, teacher in teachers.items()}
+    corpus = Corpus(facts.class_names, facts.num_views, facts.image_size, facts.part_names, dims, taught)
     return config.objective.build(student, corpus)
 
 

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
@@ -14,6 +15,14 @@ Terms = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class TaughtFields:
+    """What a teacher wrote into a store: sizes of one shape's arrays, by field, and of the images that it looked at."""
+
+    image_size: int
+    sizes: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
 class Corpus:
     """The facts about a store that size a network: read from the store, never written in a recipe."""
 
@@ -22,6 +31,7 @@ class Corpus:
     image_size: int
     part_names: tuple[str, ...] = ()
     teacher_dims: Mapping[str, int] = field(default_factory=dict)  # width of view_features, by teacher
+    teachers: Mapping[str, TaughtFields] = field(default_factory=dict)
 
 
 BatchT = TypeVar("BatchT", bound=Batch)
@@ -31,6 +41,7 @@ class Objective(nn.Module, ABC, Generic[BatchT]):
     """One way to train. `encoder` is the module that is kept, evaluated and exported."""
 
     batch_type: ClassVar[type[Batch]]
+    figures: Mapping[str, Tensor] = MappingProxyType({})  # of the last forward: watched, without a part in the loss
 
     @property
     @abstractmethod
