@@ -3,13 +3,18 @@
 Neighbours are found in two moves. A matrix product gives all distances, nearly; whatever it cannot rule out, given how
 far it may be off, is a candidate, and of those few the exact distances decide. So results equal the reference to the
 bit, ties included, at a fifth of its time and less; where very many points tie they stay right and get slower.
+
+Why no kd-tree: for 20 neighbours of 1,024 points a core takes 1.4 ms a cloud in here, 2 ms in pykdtree and 4 ms in scipy,
+and their answers would still have to be mended where points tie.
 """
 
+import math
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +25,10 @@ from torch import Tensor
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 
-_BLOCK: Final = 1 << 19  # distances a thread works on at a time: 2 MB, to stay in cache
+_BLOCK: Final = 1 << 20  # distances a thread works on at a time: 4 MB, in cache, and few calls that wait for each other
 _NO_KEY: Final = np.iinfo(np.int64).max
+_ALL_TRUE: Final = np.uint64(0x0101010101010101)  # eight bools
+_LARGEST_GROUP: Final = 8
 
 Job = TypeVar("Job")
 
@@ -78,6 +85,20 @@ def ball_query(centres: Tensor, points: Tensor, squared_radius: float, k: int) -
 _Tile = tuple[slice, slice]  # some clouds, some of their queries
 
 
+class _Scratch(threading.local):
+    """Each thread's memory for its blocks, one after the other: threads would wait for each other where they ask for pages."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, npt.NDArray[Any]] = {}
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: type[np.generic]) -> npt.NDArray[Any]:
+        """Memory of this name, whatever it holds."""
+        size = math.prod(shape)
+        if name not in self.buffers or self.buffers[name].size < size:
+            self.buffers[name] = np.empty(size, dtype)
+        return self.buffers[name][:size].reshape(shape)
+
+
 @dataclass(frozen=True)
 class _Block:
     """Some queries of some clouds, those clouds' points, and the distances between them, off by at most `errors`."""
@@ -86,12 +107,14 @@ class _Block:
     points: Floats  # [c, n, e]
     approximate: Floats  # [c * r, n]
     errors: Floats  # [c * r, 1]
+    scratch: _Scratch
 
     def nearest(self, k: int) -> Integers:
         """The k nearest points of each query as sorted keys [c * r, k]: the bits of the distance, then the index."""
-        bound = _least(self.approximate, k) + 2 * self.errors
-        # Negated, so that what is not a number, after an overflow, is a candidate too
-        candidates = _sparse_places(~(self.approximate > bound))
+        bound = self.least(k) + 2 * self.errors
+        # What is not a number, after an overflow, is not above any bound: it is a candidate too
+        is_farther = self.scratch.array("is farther", self.approximate.shape, np.bool_)
+        candidates = _places_of_false(np.greater(self.approximate, bound, out=is_farther))
         firsts, counts = self.rows_of(candidates)
         rows = np.repeat(np.arange(len(counts)), counts)
         columns = candidates - rows * self.approximate.shape[1]
@@ -101,6 +124,24 @@ class _Block:
         keys.reshape(-1)[places] = self.exact(rows, columns).view(np.int32).astype(np.int64) << 32 | columns
         keys.sort(axis=1)
         return keys[:, :k]
+
+    def least(self, k: int) -> Floats:
+        """An upper bound [c * r, 1] of each row's k-th smallest entry: the k-th smallest of some groups' least entries.
+
+        With three times as many groups as it takes, few of the k smallest share one, and the bound is near.
+        """
+        num_rows, num_points = self.approximate.shape
+        size = _LARGEST_GROUP
+        while size > 1 and -(-num_points // size) < 3 * k:
+            size //= 2
+        num_groups = -(-num_points // size)
+        groups: Floats = self.scratch.array("groups", (num_rows, num_groups), np.float32)
+        np.copyto(groups, self.approximate[:, :num_groups])
+        for first in range(num_groups, num_points, num_groups):
+            part = self.approximate[:, first : first + num_groups]
+            np.minimum(groups[:, : part.shape[1]], part, out=groups[:, : part.shape[1]])
+        groups.sort(axis=1)  # that takes less time than a partition, of so short rows
+        return groups[:, k - 1 : k]
 
     def first_within(self, squared_radius: np.float32, k: int) -> Integers:
         """The first k points [c * r, k] within the radius, padded with the first; the nearest where there are none."""
@@ -136,28 +177,13 @@ class _Block:
         return sums
 
 
-def _least(distances: Floats, k: int) -> Floats:
-    """An upper bound [r, 1] of each row's k-th smallest entry: the k-th smallest of the least entries of some groups."""
-    num_points = distances.shape[1]
-    num_groups = -(-num_points // 8)
-    if num_groups < 4 * k:
-        groups = distances.copy()
-    else:
-        groups = distances[:, :num_groups].copy()
-        for first in range(num_groups, num_points, num_groups):
-            part = distances[:, first : first + num_groups]
-            np.minimum(groups[:, : part.shape[1]], part, out=groups[:, : part.shape[1]])
-    groups.partition(k - 1, axis=1)
-    return groups[:, k - 1 : k]
-
-
-def _sparse_places(mask: npt.NDArray[np.bool_]) -> Integers:
-    """As `flatnonzero`, which where few are true mispredicts at each of them; eight at a time that takes half the time."""
+def _places_of_false(mask: npt.NDArray[np.bool_]) -> Integers:
+    """As `flatnonzero(~mask)`, which where few are false mispredicts at each; eight at a time that takes half the time."""
     if mask.size % 8:
-        return np.flatnonzero(mask)
+        return np.flatnonzero(~mask)
     words = mask.reshape(-1).view(np.uint64)
-    word_places = np.flatnonzero(words != 0)
-    within = np.flatnonzero(words[word_places].view(np.bool_))
+    word_places = np.flatnonzero(words != _ALL_TRUE)
+    within = np.flatnonzero(~words[word_places].view(np.bool_))
     places: Integers = word_places[within >> 3]
     places <<= 3
     places += within & 7
@@ -199,16 +225,20 @@ def _for_each_block(
         right[clouds, :, width] = 1
 
     padded_queries, padded_points = _padded(all_queries), _padded(all_points)
+    scratch = _Scratch()
 
     def call(tile: _Tile) -> None:
         clouds, _ = tile
-        approximate = left[tile] @ right[clouds].transpose(0, 2, 1)
-        num_rows = approximate.shape[1]
+        factor = left[tile]
+        num_rows = factor.shape[1]
+        approximate = scratch.array("approximate", (len(factor), num_rows, num_points), np.float32)
+        np.matmul(factor, right[clouds].transpose(0, 2, 1), out=approximate)
         block = _Block(
             padded_queries[tile],
             padded_points[clouds],
             approximate.reshape(-1, num_points),
             np.broadcast_to(errors[clouds], (len(approximate), num_rows, 1)).reshape(-1, 1),
+            scratch,
         )
         function(tile, block)
 

@@ -1,6 +1,6 @@
 """Which of the implementations of an operation runs, and whether it looks for NaN first. The rule is `choose`.
 
-Every operation has a plain torch reference for any device; most have a faster one on CPUs (kd-trees and numpy) and one
+Every operation has a plain torch reference for any device; most have a faster one on CPUs (numpy) and one
 on CUDA devices (Triton). All give the same result. The environment variable VIEWPOINT_OPS, or `use` around some code,
 takes one of them for all that follows; VIEWPOINT_OPS_CHECK=1, or `checking`, refuses NaN in what comes in.
 """
