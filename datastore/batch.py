@@ -2,7 +2,8 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Self
+from functools import lru_cache
+from typing import ClassVar, Self
 
 import torch
 from jaxtyping import Int64
@@ -16,15 +17,25 @@ class Batch:
     ids: Int64[Tensor, " b"]  # rows of the store
     seeds: Int64[Tensor, " b"]  # a function of (run seed, epoch, id): all of a sample's randomness starts here
 
+    _unread: ClassVar[frozenset[str]] = frozenset()
+
     @classmethod
     def store_fields(cls) -> tuple[str, ...]:
         """Names of the store fields that this batch reads."""
-        return tuple(field.name for field in dataclasses.fields(cls) if field.name not in ("ids", "seeds"))
+        own = {"ids", "seeds"} | cls._unread
+        return tuple(field.name for field in dataclasses.fields(cls) if field.name not in own)
+
+    @classmethod
+    @lru_cache
+    def without(cls, *names: str) -> type[Self]:
+        """The same batch for a setting that does not need these fields: they are not read, and stay None."""
+        narrowed: type[Self] = type(cls.__name__, (cls,), {"_unread": cls._unread | set(names), "__doc__": cls.__doc__})
+        return narrowed
 
     def to(self, device: torch.device) -> Self:
         """The same batch on another device; copies overlap with compute where the memory is pinned."""
         moved = {
-            field.name: getattr(self, field.name).to(device, non_blocking=True) for field in dataclasses.fields(self)
+            name: getattr(self, name).to(device, non_blocking=True) for name in ("ids", "seeds", *self.store_fields())
         }
         return type(self)(**moved)
 
