@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from models.encoding import PointEncoder
 from models.image_models import ImageModelConfig
 from models.image_models.teacher import ImageTeacher
+from models.point_generator import PointGenerator, PointGeneratorConfig
 from models.students import StudentConfig, build_student
 
 CONFIG_FILE: Final = "model.json"
@@ -43,9 +44,21 @@ class ExportedImageModel(BaseModel, extra="allow", frozen=True):
         return self.image_model.without_weights().build()
 
 
-_ADAPTER: TypeAdapter[ExportedStudent | ExportedImageModel] = TypeAdapter(
-    Annotated[ExportedStudent | ExportedImageModel, Field(discriminator="kind")]
-)
+class ExportedPointGenerator(BaseModel, extra="allow", frozen=True):
+    """`model.json` of a point generator."""
+
+    kind: Literal["point_generator"] = "point_generator"
+    point_generator: PointGeneratorConfig
+
+    def build(self) -> PointGenerator:
+        """The generator, with random weights."""
+        return self.point_generator.build()
+
+
+Exported = ExportedStudent | ExportedImageModel | ExportedPointGenerator
+Network = PointEncoder | ImageTeacher | PointGenerator
+
+_ADAPTER: TypeAdapter[Exported] = TypeAdapter(Annotated[Exported, Field(discriminator="kind")])
 
 
 class ExportedEncoder:
@@ -80,8 +93,8 @@ def save_exported(
 ) -> None:
     """Writes the folder.
 
-    `module_config` is `{"kind": "student", "student": {...}}` or `{"kind": "image_model", "image_model": {...}}`; `extra`
-    (versions, scores, where it came from) stands beside it in `model.json`.
+    `module_config` is `{"kind": "student", "student": {...}}`, `{"kind": "image_model", "image_model": {...}}` or the like
+    of a point generator; `extra` (versions, scores, where it came from) stands beside it in `model.json`.
     """
     from safetensors.torch import save_file
 
@@ -95,15 +108,15 @@ def save_exported(
     (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")  # last: it makes the folder a model
 
 
-def build_described(description: Mapping[str, Any]) -> PointEncoder | ImageTeacher:
+def build_described(description: Mapping[str, Any]) -> Network:
     """The network that a `model.json` describes, with random weights."""
     return _ADAPTER.validate_python(description).build()
 
 
-def load(folder: Path | str) -> ExportedEncoder | ImageTeacher:
+def load(folder: Path | str) -> ExportedEncoder | ImageTeacher | PointGenerator:
     """The model in an exported folder, in eval mode and without gradients.
 
-    A point encoder has `.encode(points)`, an image network `.describe(views)`.
+    A point encoder has `.encode(points)`, an image network `.describe(views)`; a point generator is called with features.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

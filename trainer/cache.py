@@ -219,8 +219,8 @@ def load_teacher(
         raise DoNotRetry(str(error)) from error
     if not isinstance(teacher, ImageTeacher):
         raise AskedWrongly(
-            f"--weights {weights} holds a point encoder, which does not describe views. Give the export of an image "
-            f"model, such as that of job pointmcd_teacher."
+            f"--weights {weights} holds a network that reads no views, a point encoder or a generator. Give the export of "
+            f"an image model, such as that of job pointmcd_teacher."
         )
     if image_size not in (None, teacher.image_size):
         raise AskedWrongly(

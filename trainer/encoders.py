@@ -11,8 +11,7 @@ from datastore.errors import AskedWrongly, DoNotRetry
 from datastore.layout import Store
 from datastore.objects import ObjectFolder
 from models.encoding import PointEncoder
-from models.exported import CONFIG_FILE, ExportedEncoder, build_described, load
-from models.image_models.teacher import ImageTeacher
+from models.exported import CONFIG_FILE, ExportedEncoder, Network, build_described, load
 from models.students import build_student
 from trainer.checkpoint import load_weights, open_checkpoint
 from trainer.config import RunConfig
@@ -24,7 +23,7 @@ from trainer.runfolder import RunFolder
 class FoundEncoder:
     """A network in eval mode and without gradients, and where it comes from."""
 
-    encoder: PointEncoder | ImageTeacher
+    encoder: Network
     url: str
     step: int | None  # of the checkpoint; None for random weights
     is_random: bool
@@ -95,7 +94,7 @@ def initial_encoder(config: RunConfig) -> PointEncoder:
         return build_student(config.student)
 
 
-def trained_encoder(run: RunFolder, weights: Mapping[str, Tensor]) -> PointEncoder | ImageTeacher:
+def trained_encoder(run: RunFolder, weights: Mapping[str, Tensor]) -> Network:
     """The encoder of an objective's state: what else the objective trained is left behind."""
     config = run.config()
     encoder = build_student(config.student) if config.student is not None else build_described(run.network())
@@ -108,7 +107,7 @@ def _from_run(run: RunFolder, checkpoint_url: str, random_weights: bool) -> Foun
     if random_weights:
         if config.student is None:
             raise AskedWrongly(
-                f"{run.url} (job {config.job!r}) trains an image network: --random-weights is for point encoders."
+                f"{run.url} (job {config.job!r}) trains no student: --random-weights is for point encoders."
             )
         encoder = initial_encoder(config).eval().requires_grad_(False)
         return FoundEncoder(encoder, run.url, None, True, config, run)

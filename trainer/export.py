@@ -106,10 +106,13 @@ def write_export(
 def network_description(encoder: "nn.Module", config: "RunConfig") -> dict[str, Any]:
     """What `models.load` builds the network from."""
     from models.image_models.teacher import ImageTeacher
+    from models.point_generator import PointGenerator
 
     if config.student is not None:
         return {"kind": "student", "student": config.student.model_dump(mode="json")}
-    assert isinstance(encoder, ImageTeacher), "an objective without a student trains an image network"
+    if isinstance(encoder, PointGenerator):
+        return {"kind": encoder.exported_as, encoder.exported_as: encoder.config.model_dump(mode="json")}
+    assert isinstance(encoder, ImageTeacher), "an objective without a student trains an image network or a generator"
     # the file that the trunk started from is not needed any more, and its path says something of a machine
     return {"kind": encoder.exported_as, encoder.exported_as: encoder.config.without_weights().model_dump(mode="json")}
 
@@ -147,12 +150,17 @@ def model_card(
 ) -> str:
     """README.md: what the model is, what made it, what it reaches, how to load it."""
     is_student = module_config["kind"] == "student"
+    what, usage = _TEXTS.get(module_config["kind"], (_IMAGE_NETWORK, _IMAGE_USAGE))
     folder = json.dumps(destination)
     return _CARD.format(
         name=training["run"] or training["job"],
-        what=_POINT_ENCODER if is_student else _IMAGE_NETWORK,
+        what=what,
         network=_network(module_config),
-        usage=(_POINT_USAGE if is_student else _IMAGE_USAGE).format(folder=folder, size=store.get("image_size", 224)),
+        usage=usage.format(
+            folder=folder,
+            size=store.get("image_size", 224),
+            width=module_config.get("point_generator", {}).get("in_features"),
+        ),
         training=_training_line(config, training),
         data=_data_line(store),
         results=_result_lines(records, is_student=is_student),
@@ -220,9 +228,30 @@ features = teacher.describe(views)    # [b, v, d]
 `describe` takes 8-bit RGB views on white ground, of any size, and resizes and normalises them itself.
 """
 
+_POINT_GENERATOR: Final = "A network that decodes an image network's features of a shape into a cloud, for PointCMT."
+
+_GENERATOR_USAGE: Final = """\
+## Use
+
+```python
+import models, torch
+generator = models.load({folder})
+features = torch.rand(8, {width})  # [b, d], the maximum over a shape's views
+points = generator(features)  # [b, n, 3]
+```
+"""
+
+_TEXTS: Final = {  # of each kind that is no image network: what it is, and how it is used
+    "student": (_POINT_ENCODER, _POINT_USAGE),
+    "point_generator": (_POINT_GENERATOR, _GENERATOR_USAGE),
+}
+
 
 def _network(module_config: Mapping[str, Any]) -> str:
     """`pointnet, width 0.5`: what a person asks for first."""
+    if module_config["kind"] == "point_generator":
+        generator = module_config["point_generator"]
+        return f"point generator, {generator['in_features']} features to {generator['num_points']:,} points"
     if module_config["kind"] == "image_model":
         image_model = module_config["image_model"]
         trunk, classes = image_model["trunk"], image_model.get("num_classes")

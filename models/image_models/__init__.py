@@ -6,10 +6,11 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from models.image_models.multi_view import MultiViewClassifierConfig
+from models.image_models.mvcnn import MVCNNConfig
 from models.image_models.pooled import PooledTrunkConfig
 from models.image_models.teacher import ImageTeacher
 
-ImageModelConfig = Annotated[MultiViewClassifierConfig | PooledTrunkConfig, Field(discriminator="kind")]
+ImageModelConfig = Annotated[MultiViewClassifierConfig | MVCNNConfig | PooledTrunkConfig, Field(discriminator="kind")]
 
 _ADAPTER: TypeAdapter[ImageModelConfig] = TypeAdapter(ImageModelConfig)
 

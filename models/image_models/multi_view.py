@@ -32,7 +32,7 @@ class ViewPredictions:
 
     descriptors: Float[Tensor, "b v d"]
     global_logits: Float[Tensor, "b k"]
-    view_logits: Float[Tensor, "b v k"]
+    view_logits: Float[Tensor, "b v k"] | None = None  # of classifiers that name single views too
 
 
 class MultiViewClassifier(ImageTeacher):

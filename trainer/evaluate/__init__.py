@@ -165,7 +165,7 @@ def _point_encoder(found: "FoundEncoder") -> Any:
 
     if not isinstance(found.encoder, PointEncoder):
         raise AskedWrongly(
-            f"{found.url} is an image network, and the protocols judge encoders of points: give a run with a student."
+            f"{found.url} is no encoder of points, and the protocols judge those: give a run with a student."
         )
     return found.encoder
 

@@ -197,5 +197,5 @@ def test_an_image_network_is_refused(tmp_path: Path, tiny_corpus: Store) -> None
     config = {"kind": "pooled", "trunk": {"name": "test_resnet", "image_size": 32}}
     described = {"kind": "image_model", "image_model": config}
     save_exported(tmp_path / "teacher", described, build_image_model(config), "card", {})
-    with pytest.raises(AskedWrongly, match="is an image network"):
+    with pytest.raises(AskedWrongly, match="is no encoder of points"):
         evaluated(str(tmp_path / "teacher"), open_store(tiny_corpus.url))

@@ -15,9 +15,11 @@ def hard_batch() -> ViewClassifierBatch:
 
 
 IMAGE_MODEL = {"trunk": {"name": "test_resnet", "image_size": 32}}
+MVCNN = {"kind": "mvcnn", **IMAGE_MODEL}
 CASES = {
     "view_classifier": Case({"kind": "view_classifier", "image_model": IMAGE_MODEL}, hard_batch),
     "view_classifier, some views": Case(
         {"kind": "view_classifier", "image_model": IMAGE_MODEL, "views_per_step": 2}, hard_batch
     ),
+    "view_classifier of PointCMT": Case({"kind": "view_classifier", "image_model": MVCNN}, hard_batch),
 }
