@@ -4,10 +4,12 @@ A seed is mixed with the name of a purpose and a counter by splitmix64's finalis
 So a sample is augmented alike in any batch, on any rank and on any device, and no two purposes share their numbers.
 """
 
+import math
 import zlib
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
@@ -26,6 +28,12 @@ def uniform(seeds: Int64[Tensor, " b"], count: int, purpose: str) -> Float32[Ten
     return _shift_right(bits, 64 - _FLOAT32_BITS).to(torch.float32) / 2**_FLOAT32_BITS
 
 
+def normal(seeds: Int64[Tensor, " b"], count: int, purpose: str) -> Float32[Tensor, "b count"]:
+    """`count` numbers of mean 0 and deviation 1 for each seed, none farther than 5.5 from 0."""
+    least = 2.0 ** -(_FLOAT32_BITS + 1)  # zero would be infinitely far
+    return math.sqrt(2) * torch.erfinv(2 * uniform(seeds, count, purpose).clamp(min=least) - 1)
+
+
 def scale_and_shift(
     points: Float32[Tensor, "b n 3"],
     seeds: Int64[Tensor, " b"],
@@ -36,6 +44,71 @@ def scale_and_shift(
     low, high = scale_range
     random = uniform(seeds, 6, "scale and shift")[:, None, :]
     return points * (low + (high - low) * random[..., :3]) + shift * (2 * random[..., 3:] - 1)
+
+
+def to_unit_ball(points: Float32[Tensor, "b n 3"]) -> Float32[Tensor, "b n 3"]:
+    """The clouds with the mean of their points in the origin and the farthest one at distance 1."""
+    centred = points - points.mean(dim=1, keepdim=True)
+    radius = torch.linalg.vector_norm(centred, dim=2).amax(dim=1)[:, None, None]
+    return centred / torch.where(radius > 0, radius, 1)  # a cloud of one place stays in the origin
+
+
+def scale(
+    points: Float32[Tensor, "b n 3"], seeds: Int64[Tensor, " b"], scale_range: tuple[float, float], purpose: str
+) -> Float32[Tensor, "b n 3"]:
+    """The clouds, each times one number of U[scale_range]."""
+    low, high = scale_range
+    return points * (low + (high - low) * uniform(seeds, 1, purpose)[..., None])
+
+
+def rotate_about_y(
+    points: Float32[Tensor, "b n 3"], seeds: Int64[Tensor, " b"], purpose: str
+) -> Float32[Tensor, "b n 3"]:
+    """The clouds, each turned about the vertical axis by an angle of its own."""
+    angles = 2 * math.pi * uniform(seeds, 1, purpose)
+    sine, cosine = angles.sin(), angles.cos()
+    x, y, z = points.unbind(dim=2)  # not a matrix product: autocast would round that
+    return torch.stack([cosine * x + sine * z, y, cosine * z - sine * x], dim=2)
+
+
+def shift_by_extent(
+    points: Float32[Tensor, "b n 3"], seeds: Int64[Tensor, " b"], share: float, purpose: str
+) -> Float32[Tensor, "b n 3"]:
+    """The clouds, moved along each axis by U[-share, share] of what they extend along it."""
+    extent = points.amax(dim=1) - points.amin(dim=1)
+    return points + (share * (2 * uniform(seeds, 3, purpose) - 1) * extent)[:, None]
+
+
+def jitter(
+    points: Float32[Tensor, "b n 3"], seeds: Int64[Tensor, " b"], deviation: float, limit: float, purpose: str
+) -> Float32[Tensor, "b n 3"]:
+    """The clouds, each coordinate of each point moved by N(0, deviation²), by no more than the limit."""
+    moved = deviation * normal(seeds, points[0].numel(), purpose)
+    return points + moved.clamp(-limit, limit).view(points.shape)
+
+
+def drop_out_points(
+    points: Float32[Tensor, "b n 3"], seeds: Int64[Tensor, " b"], largest_ratio: float, purpose: str
+) -> Float32[Tensor, "b n 3"]:
+    """The clouds, with U[0, largest_ratio] of each one's points replaced by its first point: their number stays."""
+    random = uniform(seeds, points.shape[1] + 1, purpose)
+    dropped = random[:, 1:] < largest_ratio * random[:, :1]
+    return torch.where(dropped[..., None], points[:, :1], points)
+
+
+def distort(
+    points: Float32[Tensor, "b n 3"], seeds: Int64[Tensor, " b"], deviation: float, purpose: str, *, nodes: int = 5
+) -> Float32[Tensor, "b n 3"]:
+    """The clouds bent smoothly: a lattice of `nodes` a side over each one's extent moves its nodes by N(0, deviation²).
+
+    Points move as their cell does, by trilinear interpolation.
+    """
+    low, high = points.amin(dim=1, keepdim=True), points.amax(dim=1, keepdim=True)
+    places = 2 * (points - low) / torch.where(high > low, high - low, 1) - 1  # in the lattice, from -1 to 1
+    moved = deviation * normal(seeds, 3 * nodes**3, purpose).view(-1, 3, nodes, nodes, nodes)
+    with torch.autocast(points.device.type, enabled=False):
+        sampled = F.grid_sample(moved, places[:, :, None, None], align_corners=True, padding_mode="border")
+    return points + sampled.flatten(2).transpose(1, 2)
 
 
 def _mix(state: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:

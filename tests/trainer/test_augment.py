@@ -5,7 +5,18 @@ import zlib
 import pytest
 import torch
 
-from trainer.augment import scale_and_shift, uniform
+from trainer.augment import (
+    distort,
+    drop_out_points,
+    jitter,
+    normal,
+    rotate_about_y,
+    scale,
+    scale_and_shift,
+    shift_by_extent,
+    to_unit_ball,
+    uniform,
+)
 
 SEEDS = torch.tensor([0, 1, -1, 2**62 + 12345, -(2**63), 42])
 WORD = 2**64 - 1
@@ -78,6 +89,96 @@ def test_points_stay_float32_and_seeds_can_leave_them_as_they_are() -> None:
     points = clouds()
     augmented = scale_and_shift(points, SEEDS, (1.0, 1.0), 0.0)
     assert augmented.dtype == torch.float32 and torch.equal(augmented, points)
+
+
+def test_normal_numbers_have_mean_zero_deviation_one_and_an_end() -> None:
+    random = normal(torch.arange(1000), 200, "test")
+    assert abs(random.mean()) < 0.01 and abs(random.std() - 1) < 0.01
+    assert abs((random.abs() < 1).float().mean() - 0.6827) < 0.005
+    assert random.abs().max() < 5.5 and random.isfinite().all()
+
+
+def test_clouds_come_to_the_unit_ball_around_their_mean() -> None:
+    brought = to_unit_ball(3 * clouds() + 5)
+    torch.testing.assert_close(brought.mean(dim=1), torch.zeros(6, 3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(brought.norm(dim=2).amax(dim=1), torch.ones(6))
+    assert torch.equal(to_unit_ball(torch.full((2, 4, 3), 7.0)), torch.zeros(2, 4, 3))
+
+
+def test_a_cloud_is_scaled_by_one_number() -> None:
+    factors = scale(clouds(2000), torch.arange(2000), (0.5, 2.0), "test") / clouds(2000)
+    torch.testing.assert_close(factors, factors[:, :1, :1].expand_as(factors), rtol=1e-5, atol=0)
+    assert 0.5 <= factors.min() < 0.51 and 1.99 < factors.max() <= 2.0 + 1e-5
+
+
+def test_a_turn_about_the_vertical_axis_keeps_heights_and_distances_to_it() -> None:
+    points, seeds = clouds(2000), torch.arange(2000)
+    turned = rotate_about_y(points, seeds, "test")
+    assert torch.equal(turned[..., 1], points[..., 1])
+    torch.testing.assert_close(turned[..., ::2].norm(dim=2), points[..., ::2].norm(dim=2))
+    torch.testing.assert_close(torch.cdist(turned, turned), torch.cdist(points, points), atol=1e-3, rtol=1e-3)
+    ahead = torch.tensor([0.0, 0.0, 1.0]).expand(2000, 1, 3)
+    x, _, z = rotate_about_y(ahead, seeds, "test")[:, 0].T
+    angles = torch.atan2(x, z) % (2 * torch.pi)  # right-handed: z turns towards x
+    torch.testing.assert_close(angles, 2 * torch.pi * uniform(seeds, 1, "test")[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_shifts_are_shares_of_each_axis_extent() -> None:
+    points = clouds(2000) * torch.tensor([1.0, 10.0, 0.1])
+    moved = shift_by_extent(points, torch.arange(2000), 0.5, "test") - points
+    torch.testing.assert_close(moved, moved[:, :1].expand_as(moved), rtol=1e-2, atol=1e-5)
+    shares = moved[:, 0] / (points.amax(dim=1) - points.amin(dim=1))
+    assert ((shares.amin(dim=0) > -0.501) & (shares.amin(dim=0) < -0.49)).all()
+    assert ((shares.amax(dim=0) > 0.49) & (shares.amax(dim=0) < 0.501)).all()
+
+
+def test_jitter_is_normal_and_cut_at_the_limit() -> None:
+    moved = jitter(torch.zeros(500, 100, 3), torch.arange(500), 0.01, 0.02, "test")
+    assert moved.abs().max() == torch.tensor(0.02)
+    assert abs((moved.abs() < 0.01).float().mean() - 0.6827) < 0.005
+    assert abs((moved.abs() == moved.abs().max()).float().mean() - 0.0455) < 0.003
+
+
+def test_dropped_points_become_the_first_one() -> None:
+    points = clouds(400, 200)
+    dropped = drop_out_points(points, torch.arange(400), 0.875, "test")
+    replaced = (dropped != points).any(dim=2)
+    assert torch.equal(dropped[replaced], points[:, :1].expand_as(points)[replaced]) and not replaced[:, 0].any()
+    ratios = replaced.float().mean(dim=1)
+    assert ratios.min() < 0.02 and 0.8 < ratios.max() < 0.96 and abs(ratios.mean() - 0.4375) < 0.04
+
+
+def test_a_distortion_is_smooth_and_of_the_size_asked_for() -> None:
+    points = clouds(300, 50)
+    near = points + 1e-3
+    moved = distort(points, torch.arange(300), 0.1, "test") - points
+    assert 0.02 < moved.std() < 0.1
+    assert (distort(near, torch.arange(300), 0.1, "test") - near - moved).abs().max() < 1e-3
+    assert torch.equal(distort(points, torch.arange(300), 0.0, "test"), points)
+    assert distort(torch.ones(2, 5, 3), torch.arange(2), 0.1, "test").isfinite().all()
+
+
+AUGMENTATIONS = {
+    "scale": lambda points, seeds, purpose: scale(points, seeds, (0.5, 2.0), purpose),
+    "rotate": rotate_about_y,
+    "shift": lambda points, seeds, purpose: shift_by_extent(points, seeds, 0.5, purpose),
+    "jitter": lambda points, seeds, purpose: jitter(points, seeds, 0.01, 0.05, purpose),
+    "drop out": lambda points, seeds, purpose: drop_out_points(points, seeds, 0.875, purpose),
+    "distort": lambda points, seeds, purpose: distort(points, seeds, 0.1, purpose),
+}
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_an_augmentation_belongs_to_sample_and_purpose_and_leaves_its_input_alone(name: str) -> None:
+    augment, points = AUGMENTATIONS[name], clouds(6, 100)
+    before = points.clone()
+    together = augment(points, SEEDS, "one")
+    assert torch.equal(points, before) and together.shape == points.shape and together.dtype == torch.float32
+    order = [5, 2, 0]
+    assert torch.equal(augment(points[order], SEEDS[order], "one"), together[order])
+    assert not torch.equal(augment(points, SEEDS, "two"), together)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(augment(points, SEEDS, "one"), together)
 
 
 @pytest.mark.gpu
