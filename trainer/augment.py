@@ -46,6 +46,14 @@ def scale_and_shift(
     return points * (low + (high - low) * random[..., :3]) + shift * (2 * random[..., 3:] - 1)
 
 
+def in_random_order(
+    points: Float32[Tensor, "b n 3"], seeds: Int64[Tensor, " b"], purpose: str
+) -> Float32[Tensor, "b n 3"]:
+    """The clouds, the points of each in an order of its own: what looks at the first points found sees others."""
+    order = uniform(seeds, points.shape[1], purpose).argsort(dim=1, stable=True)
+    return points.gather(1, order[..., None].expand_as(points))
+
+
 def to_unit_ball(points: Float32[Tensor, "b n 3"]) -> Float32[Tensor, "b n 3"]:
     """The clouds with the mean of their points in the origin and the farthest one at distance 1."""
     centred = points - points.mean(dim=1, keepdim=True)

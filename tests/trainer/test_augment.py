@@ -8,6 +8,7 @@ import torch
 from trainer.augment import (
     distort,
     drop_out_points,
+    in_random_order,
     jitter,
     normal,
     rotate_about_y,
@@ -96,6 +97,16 @@ def test_normal_numbers_have_mean_zero_deviation_one_and_an_end() -> None:
     assert abs(random.mean()) < 0.01 and abs(random.std() - 1) < 0.01
     assert abs((random.abs() < 1).float().mean() - 0.6827) < 0.005
     assert random.abs().max() < 5.5 and random.isfinite().all()
+
+
+def test_points_come_in_an_order_that_belongs_to_the_sample() -> None:
+    points = torch.arange(40.0)[None, :, None].expand(6, 40, 3).contiguous()
+    ordered = in_random_order(points, SEEDS, "order")[..., 0]
+    assert torch.equal(ordered.sort(dim=1).values, points[..., 0])
+    assert len({tuple(row) for row in ordered.tolist()}) == 6
+    assert torch.equal(in_random_order(points[[4, 1]], SEEDS[[4, 1]], "order")[..., 0], ordered[[4, 1]])
+    rows = in_random_order(clouds(), SEEDS, "order")
+    assert torch.equal(rows[0].sort(dim=0).values, clouds()[0].sort(dim=0).values)
 
 
 def test_clouds_come_to_the_unit_ball_around_their_mean() -> None:
