@@ -8,6 +8,6 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["models", "trainer.objectives", "trainer.augment"], "beartype.beartype")
+install_import_hook(["models", "trainer.objectives", "trainer.augment", "trainer.augment_images"], "beartype.beartype")
 
 pytest_plugins = ["tests.s3_server"]

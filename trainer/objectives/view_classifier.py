@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from jaxtyping import Int64, UInt8
 from pydantic import BaseModel, Discriminator, Field, PositiveInt, Tag
 from torch import Tensor
@@ -13,7 +12,7 @@ from datastore.errors import DoNotRetry
 from models.encoding import PointEncoder
 from models.image_models.multi_view import MultiViewClassifier, MultiViewClassifierConfig
 from models.image_models.mvcnn import MVCNN, MVCNNConfig
-from trainer.augment import uniform
+from trainer.augment_images import some_views
 from trainer.objectives.base import Corpus, Objective, Terms
 from trainer.objectives.means import UNLABELLED, rank_share, smoothed_cross_entropy
 
@@ -83,14 +82,3 @@ class ViewClassifier(Objective[ViewClassifierBatch]):
             view_label = label.repeat_interleave(view_logits.shape[1])
             terms["views"] = share * smoothed_cross_entropy(view_logits.flatten(0, 1), view_label, smoothing)
         return terms
-
-
-def some_views(
-    views: UInt8[Tensor, "b v h w 3"], seeds: Int64[Tensor, " b"], count: int | None
-) -> UInt8[Tensor, "b u h w 3"]:
-    """All views, or `count` of each shape, drawn without repetition by the shape's seed."""
-    num_views = views.shape[1]
-    if count is None or count >= num_views:
-        return views
-    chosen = uniform(seeds, num_views, "views of this step").argsort(dim=1, stable=True)[:, :count]
-    return views[torch.arange(len(views), device=views.device)[:, None], chosen]

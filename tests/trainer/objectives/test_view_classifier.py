@@ -16,7 +16,6 @@ from trainer.objectives.view_classifier import (
     ViewClassifier,
     ViewClassifierBatch,
     ViewClassifierConfig,
-    some_views,
 )
 
 CORPUS = Corpus(class_names=("chair", "lamp", "table"), num_views=4, image_size=32)
@@ -80,16 +79,6 @@ def test_a_shape_without_a_label_does_not_count() -> None:
     expected = objective(rest)
     for name, term in objective(dataclasses.replace(batch, label=label)).items():
         torch.testing.assert_close(term, expected[name])
-
-
-def test_some_views_are_drawn_without_repetition_by_the_shape_s_seed() -> None:
-    views = torch.arange(12, dtype=torch.uint8).view(1, 12, 1, 1, 1).expand(50, 12, 1, 1, 3).contiguous()
-    seeds = torch.arange(50)
-    drawn = some_views(views, seeds, 4)[..., 0, 0, 0]
-    assert all(len(set(row)) == 4 for row in drawn.tolist())
-    assert set(drawn.flatten().tolist()) == set(range(12)) and len({tuple(row) for row in drawn.tolist()}) > 40
-    assert torch.equal(some_views(views[20:], seeds[20:], 4)[..., 0, 0, 0], drawn[20:])
-    assert some_views(views, seeds, None) is views and some_views(views, seeds, 12) is views
 
 
 def test_fewer_views_a_step_make_a_smaller_forward_pass() -> None:
