@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import ClassVar, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from torch import Tensor, nn
 
@@ -40,7 +40,7 @@ BatchT = TypeVar("BatchT", bound=Batch)
 class Objective(nn.Module, ABC, Generic[BatchT]):
     """One way to train. `encoder` is the module that is kept, evaluated and exported."""
 
-    batch_type: ClassVar[type[Batch]]
+    batch_type: type[Batch]
     figures: Mapping[str, Tensor] = MappingProxyType({})  # of the last forward: watched, without a part in the loss
 
     @property
