@@ -9,8 +9,11 @@ from models.image_models.multi_view import MultiViewClassifierConfig
 from models.image_models.mvcnn import MVCNNConfig
 from models.image_models.pooled import PooledTrunkConfig
 from models.image_models.teacher import ImageTeacher
+from models.image_models.vision_transformer import TokenTrunkConfig
 
-ImageModelConfig = Annotated[MultiViewClassifierConfig | MVCNNConfig | PooledTrunkConfig, Field(discriminator="kind")]
+ImageModelConfig = Annotated[
+    MultiViewClassifierConfig | MVCNNConfig | PooledTrunkConfig | TokenTrunkConfig, Field(discriminator="kind")
+]
 
 _ADAPTER: TypeAdapter[ImageModelConfig] = TypeAdapter(ImageModelConfig)
 

@@ -137,7 +137,7 @@ def test_a_pooled_trunk_says_of_each_view_what_timm_says_of_the_image() -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no weights file .*absent\.pth"):
-        read_weights(tmp_path / "absent.pth")
+        read_weights(str(tmp_path / "absent.pth"))
 
 
 @pytest.mark.parametrize("name", ["broken.safetensors", "broken.pth"])
@@ -145,21 +145,21 @@ def test_a_damaged_file_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(b"not weights at all")
     with pytest.raises(ValueError, match="cannot be read as weights"):
-        read_weights(path)
+        read_weights(str(path))
 
 
 def test_a_file_with_python_objects_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "objects.pth"
     torch.save({"model": Path("anything")}, path)
     with pytest.raises(ValueError, match="cannot be read as weights"):
-        read_weights(path)
+        read_weights(str(path))
 
 
 def test_a_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "list.pth"
     torch.save([torch.zeros(2)], path)
     with pytest.raises(ValueError, match="no mapping of names to tensors"):
-        read_weights(path)
+        read_weights(str(path))
 
 
 def test_an_unknown_network_is_refused_with_names_like_it() -> None:
