@@ -1,7 +1,8 @@
 """PointNet: the same small network on every point, then the maximum over points. PointMCD's reduced variant by default.
 
 PointMCD (IEEE TMM 2023) narrows the transform nets and ends with a ReLU, so that embeddings are nowhere negative; at
-width 1 the encoder has 499,209 parameters. `PLAIN` is the original network (Qi et al., CVPR 2017).
+width 1 the encoder has 499,209 parameters. `PLAIN` is the original network (Qi et al., CVPR 2017), `CROSSPOINT` the one
+without transform nets that CrossPoint trains (150,336 parameters).
 """
 
 from typing import Final, Literal
@@ -28,6 +29,7 @@ class PointNetConfig(BaseModel, extra="forbid", frozen=True):
     transform_point_widths: Widths = (64, 64, 256)  # of a transform net, before its maximum over points
     transform_widths: Widths = (64, 64)  # and after it
     final_relu: bool = True
+    bias: bool = True  # of the layers on points, which batch normalisation takes away again; CrossPoint's have none
 
     def build(self) -> "PointNet":
         """A new network with random weights."""
@@ -45,6 +47,7 @@ PLAIN: Final = PointNetConfig(
     transform_widths=(512, 256),
     final_relu=False,
 )
+CROSSPOINT: Final = PointNetConfig(transforms=False, stem_widths=(64, 64), widths=(64, 128, 1024), bias=False)
 
 
 class PointNet(PointEncoder):
@@ -54,9 +57,9 @@ class PointNet(PointEncoder):
         super().__init__()
         stem_widths, widths = config.scaled(config.stem_widths), config.scaled(config.widths)
         self.input_transform = TransformNet(3, config) if config.transforms else None
-        self.stem = point_layers(3, stem_widths)
+        self.stem = point_layers(3, stem_widths, bias=config.bias)
         self.feature_transform = TransformNet(stem_widths[-1], config) if config.transforms else None
-        self.layers = point_layers(stem_widths[-1], widths, final_relu=config.final_relu)
+        self.layers = point_layers(stem_widths[-1], widths, final_relu=config.final_relu, bias=config.bias)
         self.per_point_dim = self.pooled_dim = widths[-1]
 
     def forward(self, points: Float[Tensor, "b n 3"]) -> Encoding:
@@ -94,14 +97,14 @@ class TransformNet(nn.Module):
         return matrices + torch.eye(self.num_features, dtype=matrices.dtype, device=matrices.device)
 
 
-def point_layers(in_features: int, widths: Widths, *, final_relu: bool = True) -> nn.Sequential:
+def point_layers(in_features: int, widths: Widths, *, final_relu: bool = True, bias: bool = True) -> nn.Sequential:
     """Linear, batch normalisation, ReLU for each width, on rows [r, in].
 
     A 1x1 convolution is this on the rows of all points; as a matrix product it takes two thirds of the time on a CPU.
     """
     layers: list[nn.Module] = []
     for width in widths:
-        layers += [nn.Linear(in_features, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+        layers += [nn.Linear(in_features, width, bias=bias), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
         in_features = width
     return nn.Sequential(*layers if final_relu else layers[:-1])
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from models.students import build_student
-from models.students.pointnet import PLAIN, PointNet, PointNetConfig, TransformNet, orthogonality_penalty
+from models.students.pointnet import CROSSPOINT, PLAIN, PointNet, PointNetConfig, TransformNet, orthogonality_penalty
 
 SMALL = PointNetConfig(width=0.125)
 
@@ -43,6 +43,7 @@ def transform_by_convolutions(network: TransformNet, features: Tensor) -> Tensor
 
 def test_the_encoder_has_as_many_parameters_as_the_paper_s() -> None:
     assert num_parameters(PointNetConfig().build()) == 499_209
+    assert num_parameters(CROSSPOINT.build()) == 150_336
 
 
 def test_the_original_network_is_a_matter_of_widths() -> None:
