@@ -33,7 +33,8 @@ def to_unit_sphere(points: Float[Tensor, "b n 3"], num_measured: int | None = No
     measured = points[:, :num_measured]
     centroid = measured.mean(dim=1, keepdim=True)
     radius = (measured - centroid).norm(dim=2).amax(dim=1)[:, None, None]
-    return (points - centroid) / radius.clamp(min=_AVOIDS_DIVISION_BY_ZERO)
+    scaled: Tensor = (points - centroid) / radius.clamp(min=_AVOIDS_DIVISION_BY_ZERO)
+    return scaled
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class MaskedDecoderConfig(BaseModel, extra="forbid", frozen=True):
     depth: PositiveInt = 1  # blocks a scale
     num_heads: PositiveInt = 6  # the spec of the published network leaves it open: as many as the encoder's
     mlp_ratio: PositiveFloat = 4.0
-    drop_path: float = Field(0.1, ge=0, lt=1)  # of the last block; the first has none
+    drop_path: float = Field(default=0.1, ge=0, lt=1)  # of the last block; the first has none
     checkpoint_activations: bool = False
 
     def build(self, encoder: MaskedTransformer) -> "MaskedDecoder":

@@ -48,7 +48,9 @@ def draw_visible(
 
 def entropy(log_weights: Float64[Tensor, "b g"]) -> Float64[Tensor, ""]:
     """The mean entropy of the clouds' weights: the logarithm of their number where all are equal."""
-    return -torch.special.xlogy(log_weights.exp(), log_weights.exp()).sum(dim=1).mean()
+    weights = log_weights.exp()
+    mean: Tensor = -torch.special.xlogy(weights, weights).sum(dim=1).mean()
+    return mean
 
 
 def num_masked(num_tokens: int, ratio: float) -> int:
