@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
+from models.image_models.attention_vgg import ViewAutoencoderConfig, ViewSegmenterConfig
 from models.image_models.multi_view import MultiViewClassifierConfig
 from models.image_models.mvcnn import MVCNNConfig
 from models.image_models.pooled import PooledTrunkConfig
@@ -12,7 +13,13 @@ from models.image_models.teacher import ImageTeacher
 from models.image_models.vision_transformer import TokenTrunkConfig
 
 ImageModelConfig = Annotated[
-    MultiViewClassifierConfig | MVCNNConfig | PooledTrunkConfig | TokenTrunkConfig, Field(discriminator="kind")
+    MultiViewClassifierConfig
+    | MVCNNConfig
+    | PooledTrunkConfig
+    | TokenTrunkConfig
+    | ViewAutoencoderConfig
+    | ViewSegmenterConfig,
+    Field(discriminator="kind"),
 ]
 
 _ADAPTER: TypeAdapter[ImageModelConfig] = TypeAdapter(ImageModelConfig)

@@ -5,6 +5,11 @@ from typing import Annotated
 from pydantic import Field
 
 from trainer.objectives.pointmcd import PointMCDConfig
+from trainer.objectives.view_autoencoder import ViewAutoencodingConfig
 from trainer.objectives.view_classifier import ViewClassifierConfig
+from trainer.objectives.view_segmenter import ViewSegmentingConfig
 
-ObjectiveConfig = Annotated[PointMCDConfig | ViewClassifierConfig, Field(discriminator="kind")]
+ObjectiveConfig = Annotated[
+    PointMCDConfig | ViewAutoencodingConfig | ViewClassifierConfig | ViewSegmentingConfig,
+    Field(discriminator="kind"),
+]

@@ -2,21 +2,22 @@
 
 "PointMCD: Boosting Deep Point Cloud Encoders via Multi-view Cross-modal Distillation" (IEEE TMM 2023). For each view,
 the maximum over the embeddings of the points visible in it is projected and pulled towards the teacher's descriptor of
-that view. The setting without labels is this one with task_weight and transform_penalty_weight 0.
+that view. Its three settings are one objective: classification; part segmentation (`task: parts`); and training without
+labels (task_weight and transform_penalty_weight 0).
 """
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int16, Int64
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from datastore.batch import Batch
 from datastore.errors import DoNotRetry, MissingField
 from models.encoding import Encoding, PointEncoder
-from models.heads import Projection, classification_head
+from models.heads import Projection, classification_head, part_segmentation_head
 from models.ops.view_pooling import masked_view_max
 from trainer.augment import scale_and_shift
 from trainer.objectives.base import Corpus, Objective, Terms
@@ -30,10 +31,11 @@ class PointMCDConfig(BaseModel, extra="forbid", frozen=True):
     needs_student: ClassVar[bool] = True
 
     teacher: str
+    task: Literal["classification", "parts"] = "classification"
     alignment_weight: NonNegativeFloat = 1.0  # 0: no alignment branch is built
     task_weight: NonNegativeFloat = 0.1  # 1 for the part-segmentation DGCNN; 0: no labels are used
-    label_smoothing: float = Field(0.2, ge=0, lt=1)
-    transform_penalty_weight: NonNegativeFloat = 0.001  # of students that have one
+    label_smoothing: float = Field(0.2, ge=0, lt=1)  # part segmentation with PointNet: 0.05
+    transform_penalty_weight: NonNegativeFloat = 0.001  # of students that have one; part segmentation: 0
     # Differs from the paper's code, which lets the zero vector of a view that sees nothing through the projection and
     # counts its distance; True restores that. For closed shapes, no view is empty and both are the same.
     count_empty_views: bool = False
@@ -55,29 +57,39 @@ class PointMCDConfig(BaseModel, extra="forbid", frozen=True):
 @dataclass(frozen=True)
 class PointMCDBatch(Batch):
     points: Float32[Tensor, "b n 3"]
-    visibility: Bool[Tensor, "b n v"]
-    label: Int64[Tensor, " b"]
-    view_features: Float[Tensor, "b v d"]
+    visibility: Bool[Tensor, "b n v"] | None = None  # with an alignment weight
+    label: Int64[Tensor, " b"] | None = None  # with a task weight; of parts, the shape's category
+    view_features: Float[Tensor, "b v d"] | None = None  # with an alignment weight
+    part_labels: Int16[Tensor, "b n"] | None = None  # of task parts
 
 
 class PointMCD(Objective[PointMCDBatch]):
     """Terms: `task`, `alignment`, `transform_penalty`, each only where its weight is not 0."""
 
-    batch_type = PointMCDBatch
-
     def __init__(self, config: PointMCDConfig, student: PointEncoder, corpus: Corpus) -> None:
         super().__init__()
         self.config = config
         self.student = student
+        unread = {"part_labels"} if config.task == "classification" else set()
         # The head before the projection: a run without alignment starts from the same random weights
-        self.head = None
+        self.head: nn.Module | None = None
         if config.task_weight > 0:
             if not corpus.class_names:
                 raise DoNotRetry(
                     "Objective 'pointmcd' has task_weight > 0, but the store names no classes. "
                     "Train without labels (--set objective.task_weight=0), or ingest a source that has them."
                 )
-            self.head = classification_head(student.pooled_dim, len(corpus.class_names))
+            if config.task == "classification":
+                self.head = classification_head(student.pooled_dim, len(corpus.class_names))
+            else:
+                if not corpus.part_names:
+                    raise DoNotRetry(
+                        "Objective 'pointmcd' with task 'parts' learns from part labels, but the store names no parts. "
+                        "Ingest a source that has them, or set objective.task=classification."
+                    )
+                self.head = part_segmentation_head(student, len(corpus.class_names), len(corpus.part_names))
+        else:
+            unread |= {"label", "part_labels"}
         self.projection = None
         if config.alignment_weight > 0:
             if config.teacher not in corpus.teacher_dims:
@@ -88,6 +100,9 @@ class PointMCD(Objective[PointMCDBatch]):
                     f"Write them with `viewpoint cache STORE --teacher {config.teacher}`."
                 )
             self.projection = Projection(student.per_point_dim, corpus.teacher_dims[config.teacher])
+        else:
+            unread |= {"visibility", "view_features"}
+        self.batch_type = PointMCDBatch.without(*sorted(unread)) if unread else PointMCDBatch
 
     @property
     def encoder(self) -> PointEncoder:
@@ -99,8 +114,9 @@ class PointMCD(Objective[PointMCDBatch]):
         encoding = self.student(scale_and_shift(batch.points, batch.seeds, config.scale_range, config.shift))
         terms: Terms = {}
         if self.head is not None:
-            task = smoothed_cross_entropy(self.head(encoding.pooled), batch.label, config.label_smoothing)
-            terms["task"] = config.task_weight * rank_share((batch.label != UNLABELLED).sum()) * task
+            logits, labels = self.predictions(encoding, batch)
+            task = smoothed_cross_entropy(logits, labels, config.label_smoothing)
+            terms["task"] = config.task_weight * rank_share((labels != UNLABELLED).sum()) * task
         if self.projection is not None:
             predicted, target = self.descriptors(encoding, batch)
             share = rank_share(torch.tensor(len(target), device=target.device))
@@ -109,9 +125,20 @@ class PointMCD(Objective[PointMCDBatch]):
             terms["transform_penalty"] = config.transform_penalty_weight * encoding.penalty
         return terms
 
+    def predictions(self, encoding: Encoding, batch: PointMCDBatch) -> tuple[Float[Tensor, "r k"], Int64[Tensor, " r"]]:
+        """Logits and labels, one row for each cloud or, of parts, for each point."""
+        assert self.head is not None and batch.label is not None
+        if self.config.task == "classification":
+            return self.head(encoding.pooled), batch.label
+        assert batch.part_labels is not None
+        logits = self.head(encoding, batch.label.clamp(min=0))
+        # a cloud of unknown category has parts of none
+        labels = torch.where(batch.label[:, None] != UNLABELLED, batch.part_labels.long(), UNLABELLED)
+        return logits.flatten(0, 1), labels.flatten()
+
     def classify(self, points: Float32[Tensor, "b n 3"]) -> Float[Tensor, "b k"]:
         """Class logits, from points alone."""
-        assert self.head is not None, "there is no head without a task weight"
+        assert self.head is not None and self.config.task == "classification", "there is no such head otherwise"
         logits: Tensor = self.head(self.student(points).pooled)
         return logits
 
@@ -119,12 +146,12 @@ class PointMCD(Objective[PointMCDBatch]):
         self, encoding: Encoding, batch: PointMCDBatch
     ) -> tuple[Float[Tensor, "r d"], Float[Tensor, "r d"]]:
         """The student's descriptor and the teacher's, one row for each view that counts."""
-        assert self.projection is not None
-        visibility = batch.visibility
+        visibility, features = batch.visibility, batch.view_features
+        assert self.projection is not None and visibility is not None and features is not None
         if encoding.indices is not None:  # a hierarchical student: the visibility of the points that survived
             visibility = visibility.gather(1, encoding.indices[..., None].expand(-1, -1, visibility.shape[2]))
         seen, empty = masked_view_max(encoding.per_point, visibility)
-        target = batch.view_features.detach()
+        target = features.detach()
         if self.config.count_empty_views:
             seen, target = seen.flatten(0, 1), target.flatten(0, 1)
         else:

@@ -13,12 +13,14 @@ from datastore.batch import Batch
 from datastore.schema import FIELDS
 from models.students import build_student
 from tests.ranks import run_ranks
-from tests.trainer.objectives.cases import pointmcd, view_classifier
+from tests.trainer.objectives.cases import pointmcd, view_autoencoder, view_classifier, view_segmenter
 from tests.trainer.objectives.cases.case import SAMPLES, Case
 from trainer.objectives import ObjectiveConfig
 from trainer.objectives.base import Objective
 
-CASES: dict[str, Case] = pointmcd.CASES | view_classifier.CASES
+CASES: dict[str, Case] = (
+    pointmcd.CASES | view_autoencoder.CASES | view_classifier.CASES | view_segmenter.CASES
+)
 
 
 def build(case: str) -> Objective[Any]:
@@ -42,42 +44,48 @@ def backward(objective: Objective[Any], batch: Batch) -> tuple[dict[str, Tensor]
     return {name: term.detach() for name, term in terms.items()}, gradients
 
 
+def batch_of(case: str) -> Any:
+    """The case's batch, with what its setting reads and no more."""
+    whole, batch_type = CASES[case].batch(), build(case).batch_type
+    assert isinstance(batch_type, type) and issubclass(batch_type, type(whole))
+    return batch_type(**{name: getattr(whole, name) for name in ("ids", "seeds", *batch_type.store_fields())})
+
+
 def part_of(batch: Batch, rows: slice) -> Any:
-    values = {field.name: getattr(batch, field.name)[rows] for field in dataclasses.fields(batch)}
-    return type(batch)(**values)
+    return type(batch)(**{name: getattr(batch, name)[rows] for name in ("ids", "seeds", *batch.store_fields())})
 
 
 def terms_and_gradients_of_this_rank() -> dict[str, Any]:
     rank, half = dist.get_rank(), SAMPLES // 2
     return {
-        name: backward(build(name), part_of(case.batch(), slice(rank * half, (rank + 1) * half)))
-        for name, case in CASES.items()
+        name: backward(build(name), part_of(batch_of(name), slice(rank * half, (rank + 1) * half))) for name in CASES
     }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradient_reaches_every_parameter(case: str) -> None:
     objective = build(case)
-    _, gradients = backward(objective, CASES[case].batch())
+    _, gradients = backward(objective, batch_of(case))
     for name, _ in objective.named_parameters():
         assert name in gradients and gradients[name].any() and torch.isfinite(gradients[name]).all(), name
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_reaches_the_data(case: str) -> None:
-    batch = CASES[case].batch()
-    before = {field.name: getattr(batch, field.name).clone() for field in dataclasses.fields(batch)}
-    for name, tensor in vars(batch).items():
+    batch = batch_of(case)
+    tensors = {name: getattr(batch, name) for name in batch.store_fields()}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
         if tensor.is_floating_point() and name != "points":
             tensor.requires_grad_()
     backward(build(case), batch)
-    for name, tensor in vars(batch).items():
+    for name, tensor in tensors.items():
         assert tensor.grad is None and torch.equal(tensor.detach(), before[name]), name
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_terms_are_weighted_float32_scalars_that_a_training_step_lowers(case: str) -> None:
-    objective, batch = build(case).train(), CASES[case].batch()
+    objective, batch = build(case).train(), batch_of(case)
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.05)
     losses = []
     for _ in range(8):
@@ -90,7 +98,7 @@ def test_terms_are_weighted_float32_scalars_that_a_training_step_lowers(case: st
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_batch_gives_the_same_terms_and_gradients_to_the_bit(case: str) -> None:
-    batch = CASES[case].batch()
+    batch = batch_of(case)
     first, second = backward(build(case).train(), batch), backward(build(case).train(), batch)
     for before, after in zip(first, second, strict=True):
         assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -98,7 +106,7 @@ def test_the_same_batch_gives_the_same_terms_and_gradients_to_the_bit(case: str)
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_order_of_samples_does_not_matter(case: str) -> None:
-    batch, objective = CASES[case].batch(), build(case)
+    batch, objective = batch_of(case), build(case)
     order: Any = [3, 0, 5, 1, 2, 4]
     expected = backward(objective, batch)[0]
     for name, term in backward(objective, part_of(batch, order))[0].items():
@@ -107,9 +115,9 @@ def test_the_order_of_samples_does_not_matter(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_batch_without_labels_is_finite(case: str) -> None:
-    batch = CASES[case].batch()
+    batch = batch_of(case)
     if "label" in batch.store_fields():
-        batch = dataclasses.replace(batch, label=torch.full((SAMPLES,), -1))  # type: ignore[call-arg]
+        batch = dataclasses.replace(batch, label=torch.full((SAMPLES,), -1))
     terms, gradients = backward(build(case).train(), batch)
     assert all(torch.isfinite(value).all() for value in (*terms.values(), *gradients.values()))
 
@@ -117,7 +125,7 @@ def test_a_batch_without_labels_is_finite(case: str) -> None:
 def test_half_a_batch_on_each_of_two_ranks_is_the_whole_batch_on_one() -> None:
     ranks = run_ranks(terms_and_gradients_of_this_rank)
     for case in CASES:
-        whole = backward(build(case), CASES[case].batch())
+        whole = backward(build(case), batch_of(case))
         for expected, *parts in zip(whole, *(rank[case] for rank in ranks), strict=True):
             assert parts[0].keys() == parts[1].keys() == expected.keys(), case
             for name, value in expected.items():
@@ -127,8 +135,7 @@ def test_half_a_batch_on_each_of_two_ranks_is_the_whole_batch_on_one() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_batch_names_fields_of_the_store(case: str) -> None:
-    batch_type = build(case).batch_type
-    assert isinstance(CASES[case].batch(), batch_type) and set(batch_type.store_fields()) <= FIELDS.keys()
+    assert set(build(case).batch_type.store_fields()) <= FIELDS.keys()
 
 
 def test_every_objective_of_the_union_has_a_case() -> None:

@@ -9,7 +9,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from datastore.errors import DoNotRetry, MissingField
+from models.encoding import Encoding
 from models.students import build_student
+from tests.trainer.objectives.cases import pointmcd
 from trainer.augment import scale_and_shift
 from trainer.objectives.base import Corpus
 from trainer.objectives.means import smoothed_cross_entropy
@@ -213,3 +215,64 @@ def test_a_store_without_classes_is_refused_where_labels_are_learned() -> None:
     student = build_student({"kind": "pointnet", "width": 0.125})
     with pytest.raises(DoNotRetry, match=r"objective\.task_weight=0"):
         PointMCDConfig(teacher="teacher").build(student, dataclasses.replace(CORPUS, class_names=()))
+
+
+SMALL_STEP = {"num_points": 8, "balls": [{"radius": 2.0, "num_neighbours": 4, "widths": [8, 16]}]}
+PARTS = pointmcd.CASES["pointmcd, parts"]
+
+
+def parts_objective(student: dict[str, Any], **options: Any) -> PointMCD:
+    torch.manual_seed(0)
+    config = PointMCDConfig.model_validate({**PARTS.config, **options})
+    return config.build(build_student(student), PARTS.corpus)
+
+
+def test_the_parts_term_is_the_mean_over_all_points_whose_part_is_known() -> None:
+    objective = parts_objective({"kind": "pointnet", "width": 0.125}, alignment_weight=0).eval()
+    batch: Any = pointmcd.hard_batch()
+    terms = objective(batch)
+    encoding = objective.student(scale_and_shift(batch.points, batch.seeds, (2 / 3, 3 / 2), 0.2))
+    losses = []
+    for sample in range(len(batch)):
+        if batch.label[sample] < 0:
+            continue
+        one = Encoding(encoding.per_point[sample : sample + 1], encoding.pooled[sample : sample + 1])
+        logits = objective.head(one, batch.label[sample : sample + 1])[0]  # type: ignore[misc]
+        for point, part in enumerate(batch.part_labels[sample].tolist()):
+            if part >= 0:
+                losses.append(smoothed_cross_entropy(logits[point : point + 1], torch.tensor([part]), 0.05))
+    torch.testing.assert_close(terms["task"], 0.1 * torch.stack(losses).mean())
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        {"kind": "pointnet", "width": 0.125},
+        {"kind": "dgcnn", "width": 0.125, "num_neighbours": 4, "edge_widths": [[64, 64], [64]]},
+        {"kind": "pointnet2", "steps": [SMALL_STEP], "widths": [16, 32]},
+    ],
+    ids=lambda student: student["kind"],
+)
+def test_parts_are_learned_by_students_that_keep_points_and_by_those_that_thin_them_out(
+    student: dict[str, Any],
+) -> None:
+    objective = parts_objective(student)
+    terms = objective(pointmcd.hard_batch())
+    assert {"task", "alignment"} <= set(terms)
+    torch.stack(list(terms.values())).sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in objective.parameters())
+
+
+def test_a_setting_reads_what_it_needs_and_no_more() -> None:
+    def read(**options: Any) -> set[str]:
+        return set(parts_objective({"kind": "pointnet", "width": 0.125}, **options).batch_type.store_fields())
+
+    assert read() == {"points", "visibility", "label", "view_features", "part_labels"}
+    assert read(task="classification") == {"points", "visibility", "label", "view_features"}
+    assert read(task="classification", alignment_weight=0) == {"points", "label"}
+    assert read(task_weight=0) == {"points", "visibility", "view_features"}
+
+
+def test_parts_without_part_names_are_refused() -> None:
+    with pytest.raises(DoNotRetry, match="store names no parts"):
+        make_objective(task="parts")

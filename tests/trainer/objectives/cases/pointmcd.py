@@ -1,8 +1,10 @@
 """PointMCD: ranks with unequal numbers of empty views and of labels."""
 
+import dataclasses
+
 import torch
 
-from tests.trainer.objectives.cases.case import CLASSES, POINTS, SAMPLES, VIEWS, WIDTH, Case
+from tests.trainer.objectives.cases.case import CLASSES, CORPUS, POINTS, SAMPLES, VIEWS, WIDTH, Case
 from trainer.objectives.pointmcd import PointMCDBatch
 
 
@@ -16,8 +18,12 @@ def hard_batch() -> PointMCDBatch:
     label[4] = -1  # and of labels
     points = torch.randn(SAMPLES, POINTS, 3, generator=random)
     features = torch.rand(SAMPLES, VIEWS, WIDTH, generator=random)
-    return PointMCDBatch(torch.arange(SAMPLES), torch.arange(SAMPLES) * 7, points, visibility, label, features)
+    parts = torch.randint(-1, len(PARTS), (SAMPLES, POINTS), generator=random).short()
+    return PointMCDBatch(torch.arange(SAMPLES), torch.arange(SAMPLES) * 7, points, visibility, label, features, parts)
 
+
+PARTS = ("leg", "seat", "back", "shade", "top")
+WITH_PARTS = dataclasses.replace(CORPUS, part_names=PARTS)
 
 CASES = {
     "pointmcd": Case({"kind": "pointmcd", "teacher": "teacher"}, hard_batch),
@@ -26,4 +32,9 @@ CASES = {
     ),
     "pointmcd without a teacher": Case({"kind": "pointmcd", "teacher": "none", "alignment_weight": 0}, hard_batch),
     "pointmcd without labels": Case({"kind": "pointmcd", "teacher": "teacher", "task_weight": 0}, hard_batch),
+    "pointmcd, parts": Case(
+        {"kind": "pointmcd", "teacher": "teacher", "task": "parts", "label_smoothing": 0.05},
+        hard_batch,
+        corpus=WITH_PARTS,
+    ),
 }
