@@ -22,6 +22,8 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
+from models.ops.reference import NEAR_ORIGIN, TAKEN, TAKEN_LAST
+
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 
@@ -33,7 +35,7 @@ _LARGEST_GROUP: Final = 8
 Job = TypeVar("Job")
 
 
-def farthest_points(points: Tensor, start: Tensor, num_samples: int) -> Tensor:
+def farthest_points(points: Tensor, start: Tensor, num_samples: int, origin_last: bool = False) -> Tensor:
     """As the reference: one step a sample, over each thread's share of the clouds at once."""
     chosen = np.empty((len(points), num_samples), np.int64)
 
@@ -41,6 +43,8 @@ def farthest_points(points: Tensor, start: Tensor, num_samples: int) -> Tensor:
         x, y, z = (np.ascontiguousarray(axis) for axis in np.moveaxis(points[clouds].numpy(), -1, 0))
         rows = np.arange(len(x))
         nearest, squared, term = np.full_like(x, np.inf), np.empty_like(x), np.empty_like(x)
+        if origin_last:
+            nearest[(np.square(x) + np.square(y)) + np.square(z) < NEAR_ORIGIN] = TAKEN_LAST
         last = chosen[clouds, 0] = start[clouds].numpy()
         for step in range(1, num_samples):
             np.subtract(x, x[rows, last, None], out=squared)
@@ -50,7 +54,7 @@ def farthest_points(points: Tensor, start: Tensor, num_samples: int) -> Tensor:
                 np.square(term, out=term)
                 np.add(squared, term, out=squared)
             np.minimum(nearest, squared, out=nearest)
-            nearest[rows, last] = -1  # below every distance: never chosen again
+            nearest[rows, last] = TAKEN
             last = chosen[clouds, step] = nearest.argmax(axis=1)
 
     _in_threads(sample, _shares(len(points)))

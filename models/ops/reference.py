@@ -11,18 +11,24 @@ from torch import Tensor
 
 _CHUNK: Final = 1 << 25  # squared differences in memory at a time
 
+NEAR_ORIGIN: Final = 1e-3  # as float32, the squared norm below which the papers' kernels do not sample a point
+TAKEN: Final = -1.0  # in place of a sample's distance: below every other
+TAKEN_LAST: Final = -0.5  # below every distance
 
-def farthest_points(points: Tensor, start: Tensor, num_samples: int) -> Tensor:
+
+def farthest_points(points: Tensor, start: Tensor, num_samples: int, origin_last: bool = False) -> Tensor:
     """Indices [b, m]; one step a sample, over all clouds at once."""
     x, y, z = points.unbind(-1)
     nearest = torch.full_like(x, torch.inf)
+    if origin_last:
+        nearest[(x.square() + y.square()) + z.square() < NEAR_ORIGIN] = TAKEN_LAST
     chosen = [start[:, None]]
     for _ in range(num_samples - 1):
         last = chosen[-1]
         squared = (x - x.gather(1, last)).square()
         squared += (y - y.gather(1, last)).square()
         squared += (z - z.gather(1, last)).square()
-        nearest = torch.minimum(nearest, squared).scatter(1, last, -1)  # below every distance: never chosen again
+        nearest = torch.minimum(nearest, squared).scatter(1, last, TAKEN)
         chosen.append(nearest.argmax(dim=1, keepdim=True))
     return torch.cat(chosen, dim=1)
 

@@ -10,12 +10,18 @@ from models.ops.tiers import implementation
 
 
 def farthest_points(
-    points: Float[Tensor, "b n 3"], num_samples: int, start: int | Int64[Tensor, " b"] = 0
+    points: Float[Tensor, "b n 3"],
+    num_samples: int,
+    start: int | Int64[Tensor, " b"] = 0,
+    *,
+    origin_last: bool = False,
 ) -> Int64[Tensor, "b m"]:
     """Indices of `num_samples` different points of each cloud, in the order chosen: first `start`, then whichever is
-    farthest from all before it, of equals the one with the lowest index.
+    farthest from all before it, of equals the one with the lowest index. No gradient.
 
-    No gradient. Differs from the papers' kernels: points near the origin are chosen like any other.
+    `origin_last` takes points within 0.0316 of the origin (squared norm below 1e-3) after all others, by their index. The
+    papers' CUDA kernels never take them, an accident of how they mark padding, and repeat a point where no other is left.
+    Off by default: where a cloud passes through its centre, that leaves a hole in it.
     """
     check_clouds("points", points)
     check_count("num_samples", num_samples, "points", points.shape[1])
@@ -26,15 +32,15 @@ def farthest_points(
     if start.shape != (len(points),):
         raise ValueError(f"start is {tuple(start.shape)}; expected one index for each of {len(points)} clouds.")
     check_indices("start", start, "points", points.shape[1])
-    indices: Tensor = _farthest_points(points.detach().float(), start, num_samples)
+    indices: Tensor = _farthest_points(points.detach().float(), start, num_samples, origin_last)
     return indices
 
 
 @opaque(
-    "farthest_points(Tensor points, Tensor start, int num_samples) -> Tensor",
-    like=lambda points, start, num_samples: start.new_empty(len(points), num_samples),
+    "farthest_points(Tensor points, Tensor start, int num_samples, bool origin_last) -> Tensor",
+    like=lambda points, start, num_samples, origin_last: start.new_empty(len(points), num_samples),
 )
-def _farthest_points(points: Tensor, start: Tensor, num_samples: int) -> Tensor:
+def _farthest_points(points: Tensor, start: Tensor, num_samples: int, origin_last: bool) -> Tensor:
     check_no_nan(points=points)
-    indices: Tensor = implementation(points).farthest_points(points, start, num_samples)
+    indices: Tensor = implementation(points).farthest_points(points, start, num_samples, origin_last)
     return indices

@@ -17,20 +17,23 @@ _LONGEST_ROW: Final = 8192  # points that one program can hold in its registers
 _SCRATCH: Final = 1 << 26  # distances in memory at a time: 256 MB
 _TILE: Final = 4096  # squared differences a program holds at a time
 _BALL_BLOCK: Final = 256
+_NEAR_ORIGIN: Final = tl.constexpr(reference.NEAR_ORIGIN)
+_TAKEN: Final = tl.constexpr(reference.TAKEN)
+_TAKEN_LAST: Final = tl.constexpr(reference.TAKEN_LAST)
 _LAST: Final = tl.constexpr(0x7FFFFFFF)  # above the bits of every distance, and above every index
 
 
-def farthest_points(points: Tensor, start: Tensor, num_samples: int) -> Tensor:
+def farthest_points(points: Tensor, start: Tensor, num_samples: int, origin_last: bool = False) -> Tensor:
     """As the reference; one program a cloud. Larger clouds than fit in registers go to the reference."""
     num_clouds, num_points, _ = points.shape
     if num_points > _LONGEST_ROW:
-        return reference.farthest_points(points, start, num_samples)
+        return reference.farthest_points(points, start, num_samples, origin_last)
     chosen = start.new_empty(num_clouds, num_samples)
     block = triton.next_power_of_2(num_points)
     with torch.cuda.device_of(points):
         _farthest_points_kernel[(num_clouds,)](
             points.mT.contiguous(), start.contiguous(), chosen, num_points, num_samples,
-            block_size=block, num_warps=max(1, min(16, block // 256)), enable_fp_fusion=False,
+            block_size=block, origin_last=origin_last, num_warps=max(1, min(16, block // 256)), enable_fp_fusion=False,
         )  # fmt: skip
     return chosen
 
@@ -97,7 +100,9 @@ def _select(distances: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 @no_type_check
-def _farthest_points_kernel(coordinates, start, chosen, num_points, num_samples, block_size: tl.constexpr) -> Any:
+def _farthest_points_kernel(
+    coordinates, start, chosen, num_points, num_samples, block_size: tl.constexpr, origin_last: tl.constexpr
+) -> Any:
     """One cloud, [3, n]; its points and their distances stay in registers."""
     cloud = tl.program_id(0).to(tl.int64)
     coordinates += cloud * 3 * num_points
@@ -107,7 +112,9 @@ def _farthest_points_kernel(coordinates, start, chosen, num_points, num_samples,
     x = tl.load(coordinates + places, mask=inside, other=0.0)
     y = tl.load(coordinates + num_points + places, mask=inside, other=0.0)
     z = tl.load(coordinates + 2 * num_points + places, mask=inside, other=0.0)
-    nearest = tl.where(inside, float("inf"), -1.0)
+    nearest = tl.where(inside, float("inf"), _TAKEN)
+    if origin_last:
+        nearest = tl.where(inside & (x * x + y * y + z * z < _NEAR_ORIGIN), _TAKEN_LAST, nearest)
     last = tl.load(start + cloud)
     tl.store(chosen, last)
     for step in range(1, num_samples):
@@ -115,7 +122,7 @@ def _farthest_points_kernel(coordinates, start, chosen, num_points, num_samples,
         dy = y - tl.load(coordinates + num_points + last)
         dz = z - tl.load(coordinates + 2 * num_points + last)
         nearest = tl.minimum(nearest, dx * dx + dy * dy + dz * dz)
-        nearest = tl.where(places == last, -1.0, nearest)  # below every distance: never chosen again
+        nearest = tl.where(places == last, _TAKEN, nearest)
         last = tl.argmax(nearest, axis=0, tie_break_left=True).to(tl.int64)
         tl.store(chosen + step, last)
 

@@ -7,8 +7,9 @@ all tokens; for masked pre-training, `group` says where tokens are, `propagate_v
 visible coarse ones, and `encode_visible` encodes these alone. What is masked is the objective's choice.
 
 Differs from the paper's code: visibility never leaks from one cloud of a batch to another (there, masked tokens make
-the first cloud's first token visible), and with nothing masked no token is dropped (there, finer tokens that are
-nobody's neighbour are). Parameters whose names contain "token" have no weight decay there, and the names here agree.
+the first cloud's first token visible); with nothing masked no token is dropped (there, finer tokens that are nobody's
+neighbour are); points near the origin can be centres like any other, unless `origin_last`. Parameters whose names
+contain "token" have no weight decay there, and the names here agree.
 """
 
 from collections.abc import Sequence
@@ -53,6 +54,7 @@ class MaskedTransformerConfig(BaseModel, extra="forbid", frozen=True):
     stage_norms: Literal["every", "last"] = "every"  # last: fine-tuning for classification
     # Linear SVM: max. Fine-tuning: mean_plus_max (ModelNet40), mean_and_max, side by side (ScanObjectNN)
     pooling: Literal["max", "mean_plus_max", "mean_and_max"] = "max"
+    origin_last: bool = False  # centres as the papers' kernels choose them: `models.ops.sampling.farthest_points`
     checkpoint_activations: bool = False  # blocks are computed again in the backward pass instead of kept
 
     @model_validator(mode="after")
@@ -148,7 +150,7 @@ class MaskedTransformer(PointEncoder):
         scales: list[Scale] = []
         before = points
         for num_groups, group_size in zip(self.config.num_groups, self.config.group_sizes, strict=True):
-            chosen = farthest_points(before, num_groups)
+            chosen = farthest_points(before, num_groups, origin_last=self.config.origin_last)
             centres = gather(before, chosen)
             indices = scales[-1].indices.gather(1, chosen) if scales else chosen
             scales.append(Scale(centres, indices, nearest_neighbours(centres, before, group_size).indices))

@@ -4,7 +4,7 @@ Qi et al., NeurIPS 2017. By default the multi-scale network that PointCMT (NeurI
 classes 1,621,512 parameters. `SINGLE_SCALE` groups once around each centre. Embeddings are those of the centres that
 are left before the last pooling (128 of 1024 points), nowhere negative, as PointMCD needs them.
 
-Differs from the papers' code: points near the origin can be chosen as centres like any other.
+Differs from the papers' code: points near the origin can be chosen as centres like any other, unless `origin_last`.
 """
 
 from itertools import pairwise
@@ -61,6 +61,7 @@ class PointNet2Config(BaseModel, extra="forbid", frozen=True):
         min_length=1,
     )
     widths: Widths = Field(default=(256, 512, 1024), min_length=1)  # on the points left; the last is the embedding's
+    origin_last: bool = False  # centres as the papers' kernels choose them: `models.ops.sampling.farthest_points`
 
     def build(self) -> "PointNet2":
         """A new network with random weights."""
@@ -81,6 +82,7 @@ class PointNet2(PointEncoder):
 
     def __init__(self, config: PointNet2Config) -> None:
         super().__init__()
+        self.origin_last = config.origin_last
         steps, num_features, level_dims = [], 0, [3]
         for step in config.steps:
             steps.append(SetAbstraction(num_features, step, config))
@@ -100,7 +102,7 @@ class PointNet2(PointEncoder):
         features = indices = None
         for step in self.steps:
             assert isinstance(step, SetAbstraction)
-            chosen = farthest_points(points, step.num_points)
+            chosen = farthest_points(points, step.num_points, origin_last=self.origin_last)
             centres = gather(points, chosen)
             features = step(points, features, centres)
             levels.append(Level(centres, features))

@@ -14,6 +14,7 @@ def clouds() -> dict[str, Tensor]:
 
     return {
         "random": random(3, 150, 3),
+        "around the origin": torch.randn(2, 120, 3, generator=generator) * 0.03,
         "one point": random(2, 1, 3),
         "two points": random(2, 2, 3),
         "all points equal": random(2, 1, 3).expand(2, 60, 3).contiguous(),
@@ -57,13 +58,16 @@ def ball_query(centres: Tensor, points: Tensor, radius: float, k: int) -> Tensor
     return torch.from_numpy(result)
 
 
-def farthest_points(points: Tensor, num_samples: int, start: Tensor) -> Tensor:
+def farthest_points(points: Tensor, num_samples: int, start: Tensor, origin_last: bool = False) -> Tensor:
     """Cloud after cloud, from all distances."""
     result = []
-    for squared, first in zip(squared_distances(points, points), start.tolist(), strict=True):
+    norms = squared_distances(torch.zeros_like(points[:, :1]), points)[:, 0]
+    for squared, squared_norms, first in zip(squared_distances(points, points), norms, start.tolist(), strict=True):
         chosen = [first]
         while len(chosen) < num_samples:
             nearest = squared[chosen].min(axis=0)
+            if origin_last:
+                nearest[squared_norms.astype(np.float64) <= 1e-3] = -0.5
             nearest[chosen] = -1
             chosen.append(int(nearest.argmax()))
         result.append(chosen)

@@ -20,9 +20,10 @@ def test_samples_are_the_oracles(tier: tiers.Setting, name: str) -> None:
     num_points = points.shape[1]
     start = torch.randint(0, num_points, (len(points),), generator=torch.Generator().manual_seed(1))
     for num_samples in {1, (num_points + 1) // 2, num_points}:
-        with tiers.use(tier):
-            chosen = farthest_points(points, num_samples, start)
-        assert torch.equal(chosen, oracles.farthest_points(points, num_samples, start))
+        for origin_last in (False, True):
+            with tiers.use(tier):
+                chosen = farthest_points(points, num_samples, start, origin_last=origin_last)
+            assert torch.equal(chosen, oracles.farthest_points(points, num_samples, start, origin_last))
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -38,6 +39,21 @@ def test_ties_go_to_the_lowest_index(
         chosen = farthest_points(points, num_samples, start)
     expected = oracles.farthest_points(points, num_samples, torch.full((num_clouds,), start))
     assert torch.equal(chosen, expected)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_points_at_the_origin_come_last_where_asked_as_in_the_papers_kernels(tier: tiers.Setting) -> None:
+    """Those whose squared norm is at most 1e-3, by their index, and each once."""
+    limit = torch.tensor(1e-3)  # as float32 a little more than 1e-3
+    just_below = torch.nextafter(limit, torch.tensor(0.0)).sqrt().item()
+    points = torch.tensor([[0.0, 0, 0], [0.5, 0, 0], [0, just_below, 0], [0, 0, 0.0317], [0.01, 0, 0], [-0.5, 0, 0]])[
+        None
+    ]
+    assert float(points[0, 2].square().sum().double()) <= 1e-3
+    with tiers.use(tier):
+        assert farthest_points(points, 6, 1).tolist() == [[1, 5, 3, 2, 4, 0]]
+        assert farthest_points(points, 6, 1, origin_last=True).tolist() == [[1, 5, 3, 0, 2, 4]]
+        assert farthest_points(points, 3, 0, origin_last=True).tolist() == [[0, 1, 5]]  # the start is honoured
 
 
 @pytest.mark.parametrize("tier", TIERS)

@@ -37,8 +37,10 @@ for name, points in clouds.items():
         expected = reference.ball_query(queries + 0.01, points, squared_radius, 7)
         assert torch.equal(triton_kernels.ball_query(queries + 0.01, points, squared_radius, 7), expected), name
     start = torch.full((len(points),), num_points // 2)
-    expected = reference.farthest_points(points, start, min(num_points, 15))
-    assert torch.equal(triton_kernels.farthest_points(points, start, min(num_points, 15)), expected), name
+    for origin_last in (False, True):
+        arguments = (points, start, min(num_points, 15), origin_last)
+        expected = reference.farthest_points(*arguments)
+        assert torch.equal(triton_kernels.farthest_points(*arguments), expected), name
 """
 
 COMPILED = """
@@ -49,7 +51,10 @@ from models.ops import triton_kernels as kernels
 
 FLOATS, INTEGERS, NUMBER = "*fp32", "*i64", "i32"
 SIGNATURES = {
-    kernels._farthest_points_kernel: ([FLOATS, INTEGERS, INTEGERS, NUMBER, NUMBER], [{"block_size": 2048}]),
+    kernels._farthest_points_kernel: (
+        [FLOATS, INTEGERS, INTEGERS, NUMBER, NUMBER],
+        [{"block_size": 2048, "origin_last": True}, {"block_size": 2048, "origin_last": False}],
+    ),
     kernels._select_kernel: ([FLOATS, INTEGERS, FLOATS, NUMBER, NUMBER], [{"block_size": 1}, {"block_size": 1024}]),
     kernels._squared_distances_kernel: (
         [FLOATS, FLOATS, FLOATS, NUMBER, NUMBER],
@@ -101,10 +106,10 @@ def test_on_a_gpu_every_operation_equals_the_reference(name: str) -> None:
     for radius in (1e-3, 0.3, 1.0):
         within = ball_query(device_points + 0.01, device_points, radius, 9)
         assert torch.equal(within.cpu(), reference.ball_query((device_points + 0.01).cpu(), points, radius**2, 9))
-    samples = farthest_points(device_points, num_points, num_points - 1)
-    assert torch.equal(
-        samples.cpu(), reference.farthest_points(points, torch.full((len(points),), num_points - 1), num_points)
-    )
+    start = torch.full((len(points),), num_points - 1)
+    for origin_last in (False, True):
+        samples = farthest_points(device_points, num_points, num_points - 1, origin_last=origin_last)
+        assert torch.equal(samples.cpu(), reference.farthest_points(points, start, num_points, origin_last))
 
 
 @pytest.mark.gpu

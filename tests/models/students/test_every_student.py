@@ -139,6 +139,18 @@ def test_repeating_points_changes_nothing_where_only_maxima_are_taken(name: str)
     torch.testing.assert_close(network(repeated).pooled, network(points).pooled, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["pointnet2", "masked_transformer"])
+def test_centres_keep_away_from_the_origin_where_asked(name: str) -> None:
+    points = clouds()
+    points[:, 7:12] = 0.01 * points[:, 7:12] / points[:, 7:12].norm(dim=2, keepdim=True)
+    chosen = []
+    for origin_last in (False, True):
+        indices = build_student({**STUDENTS[name], "origin_last": origin_last}).eval()(points).indices
+        assert indices is not None
+        chosen.append(((indices >= 7) & (indices < 12)).any().item())
+    assert chosen == [True, False]
+
+
 @every_student
 def test_gradients_reach_every_parameter(name: str) -> None:
     network = student(name)
