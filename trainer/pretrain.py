@@ -6,6 +6,7 @@ whether to save and whether the loss is finite, so that all do the same at the s
 
 import argparse
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from trainer.runfolder import RunFolder
 
 HELP = "train a recipe: one process of a run"
+
+_logger = logging.getLogger("trainer.pretrain")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +78,12 @@ def pretrain(config: "RunConfig", folder: "RunFolder", world: "World", stop: "th
     be_deterministic()
     split = split_batch(config.global_batch, world.size, config.engine.max_micro_batch)
     objective = build_objective(config, open_store(store_url(config)))
+    if objective.compares_samples and split.accumulation > 1 and world.is_first:
+        _logger.warning(
+            "Objective %r compares the samples of %d at a time and not of the global batch of %d, which is accumulated: "
+            "raise engine.max_micro_batch or start more processes where that is not meant.",
+            config.objective.kind, split.micro_batch * world.size, config.global_batch,
+        )  # fmt: skip
     with ExitStack() as closing:
         engine = closing.enter_context(build_engine(objective, config.engine, world, split))
         check_layout(engine)

@@ -4,12 +4,13 @@ from typing import Annotated
 
 from pydantic import Field
 
+from trainer.objectives.crosspoint import CrossPointConfig
 from trainer.objectives.pointmcd import PointMCDConfig
 from trainer.objectives.view_autoencoder import ViewAutoencodingConfig
 from trainer.objectives.view_classifier import ViewClassifierConfig
 from trainer.objectives.view_segmenter import ViewSegmentingConfig
 
 ObjectiveConfig = Annotated[
-    PointMCDConfig | ViewAutoencodingConfig | ViewClassifierConfig | ViewSegmentingConfig,
+    CrossPointConfig | PointMCDConfig | ViewAutoencodingConfig | ViewClassifierConfig | ViewSegmentingConfig,
     Field(discriminator="kind"),
 ]

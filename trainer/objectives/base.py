@@ -40,6 +40,8 @@ BatchT = TypeVar("BatchT", bound=Batch)
 class Objective(nn.Module, ABC, Generic[BatchT]):
     """One way to train. `encoder` is the module that is kept, evaluated and exported."""
 
+    # Whether its loss ties the samples of a micro-batch together, so that accumulation changes what is learned
+    compares_samples: bool = False
     batch_type: type[Batch]
     figures: Mapping[str, Tensor] = MappingProxyType({})  # of the last forward: watched, without a part in the loss
 

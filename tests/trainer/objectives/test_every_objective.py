@@ -13,13 +13,13 @@ from datastore.batch import Batch
 from datastore.schema import FIELDS
 from models.students import build_student
 from tests.ranks import run_ranks
-from tests.trainer.objectives.cases import pointmcd, view_autoencoder, view_classifier, view_segmenter
+from tests.trainer.objectives.cases import crosspoint, pointmcd, view_autoencoder, view_classifier, view_segmenter
 from tests.trainer.objectives.cases.case import SAMPLES, Case
 from trainer.objectives import ObjectiveConfig
 from trainer.objectives.base import Objective
 
 CASES: dict[str, Case] = (
-    pointmcd.CASES | view_autoencoder.CASES | view_classifier.CASES | view_segmenter.CASES
+    crosspoint.CASES | pointmcd.CASES | view_autoencoder.CASES | view_classifier.CASES | view_segmenter.CASES
 )
 
 
