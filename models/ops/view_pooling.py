@@ -37,7 +37,13 @@ def masked_view_max(
 
 
 def max_over_points(per_point: Float[Tensor, "b n c"]) -> Float[Tensor, "b c"]:
-    """The channel-wise maximum over all points of each cloud."""
+    """The channel-wise maximum over all points of each cloud.
+
+    As `amax`, whose gradient is shared among equals and costs five times as much (32 clouds of 1024 x 1024: 366 ms against
+    68 with the forward pass, one core); without a gradient `amax` itself is the faster.
+    """
+    if not (per_point.requires_grad and torch.is_grad_enabled()):
+        return per_point.amax(dim=1)
     num_clouds, num_points, _ = per_point.shape
     rows = torch.arange(num_clouds * num_points, device=per_point.device)
     pooled: Tensor = _GroupedMax.apply(per_point.flatten(0, 1), rows, rows.new_full((num_clouds, 1), num_points))

@@ -101,6 +101,7 @@ def test_a_view_that_sees_all_points_is_the_maximum_over_the_cloud() -> None:  #
     pooled, empty = masked_view_max(per_point, torch.ones_like(visibility))
     expected = max_over_points(per_point)
     assert torch.equal(expected, per_point.amax(dim=1)) and not empty.any()
+    assert torch.equal(max_over_points(per_point.clone().requires_grad_()), expected)
     assert torch.equal(pooled, expected[:, None].expand_as(pooled))
 
 
