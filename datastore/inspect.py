@@ -97,7 +97,16 @@ def facts_of(store: Store) -> StoreFacts:
             for path, stored in store.fields.items()
         ],
         counts=_counts(store),
-        teachers={key: teacher.model_dump(mode="json") for key, teacher in store.teachers.items()},
+        teachers={
+            key: teacher.model_dump(mode="json")
+            | {
+                "statistics": {
+                    field: {"mean": found.mean, "largest": found.largest}
+                    for field, found in store.statistics(key).items()
+                }
+            }
+            for key, teacher in store.teachers.items()
+        },
         quarantine=store.quarantine,
     )
 
@@ -196,8 +205,12 @@ def _field_line(each: FieldFacts, num_rows: int) -> tuple[str, ...]:
 
 
 def _teacher_line(key: str, teacher: dict[str, Any]) -> tuple[str, ...]:
-    fields = ", ".join(f"{name} {' x '.join(map(str, sizes))}" for name, sizes in teacher["fields"].items())
-    return key, f"{teacher['image_size']} px", fields
+    fields = []
+    for name, sizes in teacher["fields"].items():
+        found = teacher["statistics"].get(name)
+        values = f" (mean {found['mean']:.3g}, largest {found['largest']:.3g})" if found else ""
+        fields.append(f"{name} {' x '.join(map(str, sizes))}{values}")
+    return key, f"{teacher['image_size']} px", teacher["precision"], ", ".join(fields)
 
 
 def _describe_problems(problems: Sequence[str]) -> str:

@@ -46,6 +46,8 @@ _MANIFESTS_FOLDER: Final = f"{BOOKKEEPING_FOLDER}/manifests"
 _FILL_VALUES: Final[Mapping[str, int]] = {"split": schema.QUARANTINED, "label": -1, "part_labels": -1}
 Model = TypeVar("Model", bound=BaseModel)
 
+_CACHED_SHARD_BYTES: Final = 256 * 2**20
+"""At most, so that a shard is written and fetched in one piece: tokens take a hundred times as much as features."""
 _ZSTD_LEVEL: Final = 3
 _LZ4_LEVEL: Final = 5
 
@@ -105,14 +107,23 @@ class TeacherAttributes(BaseModel, extra="forbid", frozen=True):
     """Who wrote a set of cached fields."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")  # it is a folder's name
-    weights_hash: str = Field(min_length=8)  # hexadecimal; its first eight digits tell teachers of one name apart
+    # Hexadecimal, of all that decides what the teacher says: weights, network, input size, normalisation, precision. Its
+    # first eight digits tell teachers of one name apart
+    weights_hash: str = Field(min_length=8)
     image_size: PositiveInt
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fields: dict[str, tuple[PositiveInt, ...]]  # sizes of one row's axes
-    dim: PositiveInt  # width of view_features
-    num_tokens: NonNegativeInt = 0
+    dim: PositiveInt  # width of view_features, or of view_tokens where there are none
+    num_tokens: NonNegativeInt = 0  # of a view
+    precision: Literal["float32", "bf16"] = "float32"  # that it was run in; what it says is kept in float16 either way
+    network: str = ""  # kind and trunk
     training: dict[str, str] = {}  # what made the weights, where they say so: job, config_hash, split, source_hash
+    options: str = ""  # of `viewpoint cache`, to write the same again
+
+    def command(self, url: str) -> str:
+        """What writes these fields into a store."""
+        return f"viewpoint cache {url} --teacher {self.name}" + (f" {self.options}" if self.options else "")
 
     @property
     def key(self) -> str:
@@ -181,6 +192,19 @@ class ShardSums(BaseModel, extra="forbid", frozen=True):
     crc32: tuple[NonNegativeInt, ...]
 
 
+class FieldStatistics(BaseModel, extra="forbid", frozen=True):
+    """What a teacher's values are like, those of rows without a shape left out."""
+
+    total: float
+    largest: float
+    count: NonNegativeInt  # of values
+
+    @property
+    def mean(self) -> float:
+        """Of all values; 0 where there is none."""
+        return self.total / self.count if self.count else 0.0
+
+
 class ScopeManifest(BaseModel, extra="forbid", frozen=True):
     """What is complete of one scope."""
 
@@ -188,6 +212,7 @@ class ScopeManifest(BaseModel, extra="forbid", frozen=True):
     shards: dict[str, ShardSums] = {}  # by field
     quarantine: dict[str, tuple[int, ...]] = {}  # rows that hold no shape, by reason
     splits: Runs = ()  # of ingest: the field `split` over the complete blocks
+    statistics: dict[str, tuple[FieldStatistics, ...]] = {}  # of a teacher: by field, one a complete block
 
     @property
     def blocks(self) -> list[int]:
@@ -371,6 +396,17 @@ class Store:
         first = block * self.attributes.block_rows
         return first, min(first + self.attributes.block_rows, len(self))
 
+    def statistics(self, teacher: str) -> dict[str, FieldStatistics]:
+        """Of each float16 field of a teacher (`name@hash`), over all its complete rows."""
+        return {
+            field: FieldStatistics(
+                total=math.fsum(each.total for each in of_blocks),
+                largest=max((each.largest for each in of_blocks if each.count), default=0.0),
+                count=sum(each.count for each in of_blocks),
+            )
+            for field, of_blocks in self.manifest.scope(f"{_TEACHERS_FOLDER}/{teacher}").statistics.items()
+        }
+
     @cached_property
     def fields(self) -> dict[str, StoredField]:
         """The arrays that are readable now: those of every scope whose blocks cover what is ingested."""
@@ -406,13 +442,15 @@ class Store:
             return matching[0]
         if matching:
             raise StoreError(
-                f"{self.url} holds {len(matching)} teachers named {teacher!r}, from different weights: "
-                f"{', '.join(matching)}. Name the one you mean in full."
+                f"{self.url} holds {len(matching)} teachers named {teacher!r}, from different weights, input sizes or "
+                f"normalisations: {self._describe_teachers(matching)}. Name the one you mean in full, or remove the "
+                f"others' folders in {self.url}/{_TEACHERS_FOLDER}."
             )
         name = teacher.partition("@")[0]
         command = f"`viewpoint cache {self.url} --teacher {name}`"
-        for key in self._every_teacher:
+        for key, unfinished in self._every_teacher.items():
             if teacher in (key, key.partition("@")[0]):
+                command = f"`{unfinished.command(self.url)}`"
                 done, needed = (
                     len(self.manifest.scope(f"{_TEACHERS_FOLDER}/{key}").blocks),
                     len(self.manifest.scope(INGEST).blocks),
@@ -420,8 +458,25 @@ class Store:
                 raise MissingField(
                     f"{self.url} holds {done} of {needed} blocks of teacher {key!r}. Write the others with {command}."
                 )
+        others = [key for key in self.teachers if key.partition("@")[0] == name]
+        if others:  # asked for by its hash
+            raise MissingField(
+                f"{self.url} has no fields of teacher {teacher!r}. What it has of that name is from other weights, or another "
+                f"input size, normalisation or precision: {self._describe_teachers(others)}. Write those of the teacher "
+                f"asked for again with {command} and its own weights, or name one that is here "
+                f"(objective.teacher: {others[-1]})."
+            )
         known = f"It holds {', '.join(self.teachers)}." if self.teachers else "It holds no teacher's fields."
         raise MissingField(f"{self.url} has no fields of teacher {teacher!r}. {known} Write them with {command}.")
+
+    def _describe_teachers(self, keys: Sequence[str]) -> str:
+        """What tells teachers apart, and how each was made."""
+        return "; ".join(
+            f"{key} ({each.image_size} px, mean {_triple(each.mean)}, deviation {_triple(each.std)}, {each.precision}, by "
+            f"`{each.command(self.url)}`)"
+            for key in keys
+            for each in [self._every_teacher[key]]
+        )
 
     def field(self, name: str) -> StoredField:
         """One readable array; an error that says how it is written where there is none."""
@@ -568,6 +623,11 @@ class Store:
     def _stored_field(self, name: str, path: str, scope: str, row_shape: tuple[int, ...]) -> StoredField:
         field = schema.FIELDS[name]
         shard_rows = min(field.shard_rows, self.attributes.block_rows)
+        if field.writer == "cache":
+            fitting = _CACHED_SHARD_BYTES // (math.prod(row_shape) * np.dtype(field.dtype).itemsize)
+            shard_rows = min(
+                shard_rows, 1 << max(fitting.bit_length() - 1, 0)
+            )  # a power of two, so that it divides a block
         return StoredField(field, path, scope, len(self), row_shape, shard_rows, min(field.chunk_rows, shard_rows))
 
 
@@ -609,6 +669,13 @@ def create_store(url: str | os.PathLike[str], attributes: StoreAttributes, field
 
 def create_teacher(store: Store, teacher: TeacherAttributes) -> str:
     """The scope for a teacher's fields: a new one, or the one that is there if it is the same teacher's."""
+    points = store.attributes.points_per_shape
+    for name, sizes in teacher.fields.items():
+        axes = schema.FIELDS[name].axes
+        if "p" in axes and sizes[axes.index("p")] != points:
+            raise StoreError(
+                f"{name} of teacher {teacher.key} is of {sizes} points; {store.url} has {points} of each shape."
+            )
     scope = f"{_TEACHERS_FOLDER}/{teacher.key}"
     store.folder.create(f"{_TEACHERS_FOLDER}/zarr.json", _group_document({}))
     document = _group_document({_TEACHER_KEY: teacher.model_dump(mode="json")})
@@ -618,10 +685,11 @@ def create_teacher(store: Store, teacher: TeacherAttributes) -> str:
             store.folder.remove(commit_name(scope, block))
     if not store.folder.create(f"{scope}/zarr.json", document):
         found = _read_teacher(store.folder, teacher.key)
-        if differences := _differences(found, teacher):
+        # the same weights may lie elsewhere by now
+        if differences := _differences(found, teacher.model_copy(update={"options": found.options})):
             raise StoreError(
-                f"{store.url}/{scope} was written by a teacher with other properties ({differences}). Remove that "
-                f"folder, or give the teacher another name."
+                f"{store.url}/{scope} was written by this teacher with other properties ({differences}). Ask for all "
+                f"fields at once and remove that folder, or give the teacher another name."
             )
     _write_array_documents(store, scope)
     return scope
@@ -671,6 +739,10 @@ def parse_document(model: type[Model], content: bytes, where: str, mend: str) ->
         first = error.errors()[0]
         problem = ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
         raise StoreError(f"{where} is damaged or from another version of Viewpoint ({problem}). {mend}") from error
+
+
+def _triple(values: Sequence[float]) -> str:
+    return "/".join(f"{value:.4g}" for value in values)
 
 
 def _numbers(names: Iterable[str]) -> list[int]:

@@ -93,8 +93,17 @@ _INGEST = (
 
 _CACHE = (
     _taught("view_features", ("v", "d"), "the teacher's descriptor of each view"),
-    _taught("view_tokens", ("v", "t", "d"), "the teacher's patch features of each view"),
+    replace(
+        _taught("view_tokens", ("v", "t", "d"), "the teacher's patch features of each view, row by row"),
+        chunk_rows=16,  # a row is half a megabyte and more
+    ),
     _taught("view_saliency", ("v", "t"), "the teacher's attention to each patch"),
+    replace(
+        _geometry(
+            "view_pixels", ("p", "v", "2"), "int16", "column and row of each point in the views that the teacher drew"
+        ),
+        writer="cache",
+    ),
 )
 
 FIELDS: Final[dict[str, Field]] = {field.name: field for field in (*_INGEST, *_CACHE)}

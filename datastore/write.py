@@ -27,6 +27,7 @@ from datastore import schema
 from datastore.errors import AskedWrongly, StoreError, ViewpointError
 from datastore.layout import (
     INGEST,
+    FieldStatistics,
     Manifest,
     QuarantinedRow,
     Runs,
@@ -60,6 +61,7 @@ class CommitRecord(BaseModel, extra="forbid", frozen=True):
     shards: dict[str, tuple[tuple[NonNegativeInt, NonNegativeInt], ...]]  # by field: size and crc32 of each shard
     quarantine: dict[str, tuple[int, ...]] = {}  # rows that hold no shape, by reason
     splits: Runs = ()  # of ingest: the field `split`, as (value, how many rows in a row)
+    statistics: dict[str, FieldStatistics] = {}  # of a teacher: by field
 
 
 class BlockWriter:
@@ -132,8 +134,13 @@ class OpenBlock:
                 self._put_shard(name, shard_name, content)
         self._is_broken = False
 
-    def commit(self, quarantine: Sequence[QuarantinedRow] = ()) -> None:
-        """Says that the block is complete. `quarantine` names every row whose split is QUARANTINED, and why."""
+    def commit(
+        self, quarantine: Sequence[QuarantinedRow] = (), statistics: Mapping[str, FieldStatistics] | None = None
+    ) -> None:
+        """Says that the block is complete. `quarantine` names every row whose split is QUARANTINED, and why.
+
+        `statistics`: of fields that a teacher wrote.
+        """
         self._refuse_broken()
         if self._next_row != self._end:
             raise StoreError(
@@ -145,6 +152,7 @@ class OpenBlock:
             shards={name: tuple(sums) for name, sums in self._sums.items()},
             quarantine=_rows_by_reason((entry.row, entry.reason) for entry in quarantine),
             splits=as_runs(np.concatenate(self._kept["split"])) if "split" in self._kept else (),
+            statistics=dict(statistics or {}),
         )
         # a record of ours would vouch for shards that the other wrote, and theirs may have been withdrawn since
         if self._yielded or not self._folder.create(self._record_name, _as_document(record)):
@@ -440,7 +448,19 @@ def _gather(store: Store, scope: str, published: ScopeManifest) -> ScopeManifest
         (row, reason) for record in records.values() for reason, rows in record.quarantine.items() for row in rows
     )
     splits = as_runs(np.concatenate([from_runs(record.splits) for record in records.values()]))
-    return ScopeManifest(block_ranges=_as_ranges(sorted(records)), shards=shards, quarantine=quarantine, splits=splits)
+    described = set.intersection(*(set(record.statistics) for record in records.values()))
+    statistics = {
+        stored.field.name: tuple(record.statistics[stored.field.name] for record in records.values())
+        for stored in fields
+        if stored.field.name in described
+    }
+    return ScopeManifest(
+        block_ranges=_as_ranges(sorted(records)),
+        shards=shards,
+        quarantine=quarantine,
+        splits=splits,
+        statistics=statistics,
+    )
 
 
 def _records_known(
@@ -460,7 +480,7 @@ def _records_known(
             quarantine.setdefault(row // block_rows, []).append((row, reason))
     known: dict[int, CommitRecord] = {}
     splits, next_row = from_runs(published.splits), 0
-    for block in published.blocks:
+    for place, block in enumerate(published.blocks):
         here = slice(next_row, next_row := next_row + min(block_rows, len(store) - block * block_rows))
         shards = {}
         for stored in fields:
@@ -471,6 +491,7 @@ def _records_known(
             shards=shards,
             quarantine=_rows_by_reason(iter(quarantine.get(block, []))),
             splits=as_runs(splits[here]),
+            statistics={field: of_blocks[place] for field, of_blocks in published.statistics.items()},
         )
         if listed.get(block) == hashlib.md5(_as_document(record), usedforsecurity=False).hexdigest():
             known[block] = record

@@ -56,6 +56,7 @@ def small_teacher(name: str = "teacher", weights_hash: str = "feedc0de0001", dim
         std=(0.5, 0.5, 0.5),
         fields={"view_features": (12, dim)},
         dim=dim,
+        options="--weights clip.safetensors",
     )
 
 

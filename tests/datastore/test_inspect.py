@@ -14,8 +14,8 @@ from datastore import schema
 from datastore.contact_sheet import contact_sheet, draw_contact_sheet, varied_rows
 from datastore.errors import StoreError
 from datastore.inspect import describe, facts_of
-from datastore.layout import create_store, create_teacher, open_store
-from datastore.write import publish
+from datastore.layout import FieldStatistics, create_store, create_teacher, open_store
+from datastore.write import BlockWriter, publish, withdraw
 from tests.stores import small_attributes, small_teacher, write_blocks, write_small_store
 
 
@@ -93,9 +93,20 @@ def test_teachers_quarantine_and_missing_blocks_are_told(tmp_path: Path) -> None
     scope = create_teacher(store, small_teacher())
     publish(store)
     store = open_store(store.url)
-    write_blocks(store, [0, 1], scope)
+    write_blocks(store, [0], scope)
+    opened = BlockWriter(store, scope).open_block(1)
+    opened.append({"view_features": np.ones((32, 12, 6), np.float16)})
+    opened.commit()
+    publish(store)
+    assert "view_features 12 x 6" in describe(facts_of(open_store(store.url))), "of those that know no statistics, too"
+    for block in (0, 1):
+        withdraw(store, scope, [block])
+        opened = BlockWriter(store, scope).open_block(block)
+        opened.append({"view_features": np.ones((32, 12, 6), np.float16)})
+        opened.commit(statistics={"view_features": FieldStatistics(total=32 * 72, largest=1, count=32 * 72)})
     publish(store)
     text = describe(facts_of(open_store(store.url)))
+    assert "float32  view_features 12 x 6 (mean 1, largest 1)" in text
     assert "64, and 6 not written yet" in text
     assert "teacher@feedc0de" in text
     assert "view_features 12 x 6" in text

@@ -23,6 +23,7 @@ from datastore.layout import (
     QuarantinedRow,
     Rows,
     Store,
+    TeacherAttributes,
     as_runs,
     create_store,
     create_teacher,
@@ -321,9 +322,20 @@ def test_two_teachers_of_one_name_must_be_told_apart(tmp_path: Path) -> None:
     store = write_small_store(str(tmp_path))
     add_teacher(store)
     add_teacher(store, weights_hash="badc0ffee002")
-    with pytest.raises(StoreError, match=r"2 teachers named 'teacher'.*teacher@badc0ffe, teacher@feedc0de"):
+    with pytest.raises(StoreError, match=r"2 teachers named 'teacher'.*teacher@badc0ffe \(8 px.*teacher@feedc0de \("):
         open_store(tmp_path).resolve_teacher("teacher")
     assert open_store(tmp_path).resolve_teacher("teacher@badc0ffe") == "teacher@badc0ffe"
+
+
+def test_a_teacher_that_has_changed_is_noticed_and_the_way_back_is_told(tmp_path: Path) -> None:
+    add_teacher(write_small_store(str(tmp_path)))
+    with pytest.raises(
+        MissingField,
+        match=r"no fields of teacher 'teacher@badc0ffe'.* other weights, or another input size, normalisation or precision: "
+        r"teacher@feedc0de \(8 px, mean 0\.5/0\.5/0\.5, deviation .*float32, by `viewpoint cache .* --weights clip"
+        r"\.safetensors`\)\. Write .* again with `viewpoint cache .* or name one that is here .*teacher@feedc0de\)",
+    ):
+        open_store(tmp_path).resolve_teacher("teacher@badc0ffe")
 
 
 def test_a_half_written_teacher_is_not_readable(tmp_path: Path) -> None:
@@ -356,8 +368,40 @@ def test_a_teacher_with_the_same_weights_and_other_properties_is_refused(tmp_pat
     store = write_small_store(str(tmp_path))
     create_teacher(store, small_teacher())
     create_teacher(store, small_teacher())
+    create_teacher(store, small_teacher().model_copy(update={"options": "--weights the/same/elsewhere"}))
     with pytest.raises(StoreError, match=r"other properties \(.*dim: 6 there, 9 asked for"):
         create_teacher(store, small_teacher(dim=9))
+
+
+def teacher_with(fields: dict[str, tuple[int, ...]]) -> TeacherAttributes:
+    return TeacherAttributes(**(small_teacher().model_dump() | {"fields": fields}))
+
+
+def test_a_teacher_that_draws_its_own_views_says_where_every_stored_point_lies(tmp_path: Path) -> None:
+    store = write_small_store(str(tmp_path))
+    with pytest.raises(
+        StoreError, match=r"view_pixels of teacher teacher@feedc0de is of \(7, 3, 2\) points; .* has 20"
+    ):
+        create_teacher(store, teacher_with({"view_pixels": (7, 3, 2)}))
+    scope = create_teacher(store, teacher_with({"view_tokens": (3, 4, 6), "view_pixels": (20, 3, 2)}))
+    write_blocks(store, BlockWriter(store, scope).pending(), scope)
+    publish(store)
+    store = open_store(tmp_path)
+    pixels = store.read(f"{scope}/view_pixels", range(70))
+    assert pixels.dtype == np.int16 and (pixels == sample_arrays(store, scope)["view_pixels"]).all()
+    assert verify(store) == []
+
+
+def test_large_cached_rows_lie_in_small_shards_that_divide_blocks(tmp_path: Path) -> None:
+    attributes = small_attributes(num_rows=5000, block_rows=1024, points_per_shape=8192)
+    store = create_store(str(tmp_path), attributes, ("points", "split", "id"))
+    clip = {"view_features": (12, 512), "view_tokens": (3, 196, 512), "view_pixels": (8192, 3, 2)}
+    scope = create_teacher(store, teacher_with(clip))
+    sizes = {stored.field.name: (stored.shard_rows, stored.chunk_rows) for stored in store.fields_of(scope)}
+    assert sizes == {"view_features": (1024, 64), "view_tokens": (256, 16), "view_pixels": (1024, 16)}
+    huge = {"view_tokens": (64, 4096, 1024)}
+    other = TeacherAttributes(**(small_teacher("huge").model_dump() | {"fields": huge}))
+    assert [(each.shard_rows, each.chunk_rows) for each in store.fields_of(create_teacher(store, other))] == [(1, 1)]
 
 
 def test_importing_datastore_costs_no_zarr() -> None:

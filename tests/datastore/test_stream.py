@@ -13,13 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int16, Int64, UInt8
 from torch import Tensor
 
 from datastore.batch import Batch
 from datastore.errors import AskedWrongly, MissingField, StoreError
 from datastore.fetch import Fetcher
-from datastore.layout import create_teacher, open_store
+from datastore.layout import TeacherAttributes, create_teacher, open_store
 from datastore.order import sample_seeds
 from datastore.shards import ShardReader
 from datastore.stream import Stream, StreamConfig, open_stream
@@ -51,6 +51,13 @@ class WholeBatch(Batch):
     views: UInt8[Tensor, "b v h w 3"]
     label: Int64[Tensor, " b"]
     view_features: Float[Tensor, "b v d"]
+
+
+@dataclass(frozen=True)
+class DrawnBatch(Batch):
+    points: Float[Tensor, "b p 3"]
+    view_pixels: Int16[Tensor, "b p v 2"]
+    view_tokens: Float[Tensor, "b v t d"]
 
 
 @dataclass(frozen=True)
@@ -382,6 +389,20 @@ def test_waiting_for_data_is_counted(url: str, monkeypatch: pytest.MonkeyPatch) 
             time.sleep(0.01)
         next(stream.steps(1))
         assert stream.data_wait_seconds < waited + 1
+
+
+def test_of_what_a_teacher_says_of_points_the_first_are_read_as_of_the_points(tmp_path: Path) -> None:
+    store = write_small_store(str(tmp_path), small_attributes(block_rows=16), ("points", "split", "id"))
+    fields = {"view_tokens": (3, 4, 6), "view_pixels": (20, 3, 2)}
+    scope = create_teacher(store, TeacherAttributes(**(small_teacher().model_dump() | {"fields": fields})))
+    write_blocks(store, range(store.num_blocks), scope)
+    publish(store)
+    with stream_of(store.url, DrawnBatch, teacher="teacher", num_points=9) as stream:
+        batch = next(stream.steps(1))[0]
+    store = open_store(store.url)
+    assert batch.points.shape[1] == 9 and batch.view_pixels.dtype == torch.int16
+    assert np.array_equal(batch.view_pixels, store.read(f"{scope}/view_pixels", batch.ids.numpy())[:, :9])
+    assert np.array_equal(batch.view_tokens, store.read(f"{scope}/view_tokens", batch.ids.numpy()))
 
 
 # Asked wrongly

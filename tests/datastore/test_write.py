@@ -20,7 +20,7 @@ from zarr.storage import MemoryStore
 
 from datastore import schema
 from datastore.errors import EXIT_DO_NOT_RETRY, AskedWrongly, StoreError, ViewpointError
-from datastore.layout import INGEST, QuarantinedRow, Store, create_store, create_teacher, open_store
+from datastore.layout import INGEST, FieldStatistics, QuarantinedRow, Store, create_store, create_teacher, open_store
 from datastore.objects import DRAFTS_FOLDER, ObjectFolder
 from datastore.write import BlockWriter, find_damage, publish, verify, withdraw
 from tests.stores import sample_arrays, small_attributes, small_teacher, write_blocks, write_small_store
@@ -291,6 +291,30 @@ def test_a_block_that_was_done_again_with_another_result_is_read_again(
     records_read.clear()
     assert withdraw(store, INGEST, [0, 2]).scope(INGEST).blocks == [1]
     assert records_read == []
+
+
+def test_what_a_teacher_s_values_are_like_is_kept_by_block_and_added_up(
+    listing_url: str, records_read: list[str]
+) -> None:
+    store = create_store(listing_url, small_attributes(), FEW_FIELDS)
+    write_blocks(store, range(3))
+    publish(store)
+    store = open_store(listing_url)
+    scope = create_teacher(store, small_teacher())
+    values = sample_arrays(store, scope)["view_features"]
+    records_read.clear()
+    for block in (0, 2, 1):
+        first, end = store.block_range(block)
+        opened = BlockWriter(store, scope).open_block(block)
+        opened.append({"view_features": values[first:end]})
+        total = float(values[first:end].sum(dtype=np.float64))
+        found = FieldStatistics(total=total, largest=values[first:end].max(), count=values[first:end].size)
+        opened.commit(statistics={"view_features": found})
+        publish(store)
+    assert records_read == ["0", "2", "1"], "each once: what is known of others is taken over"
+    together = open_store(listing_url).statistics("teacher@feedc0de")["view_features"]
+    assert together.mean == pytest.approx(values.mean(dtype=np.float64))
+    assert (together.largest, together.count) == (values.max(), values.size)
 
 
 def test_writing_again_writes_nothing(tmp_path: Path) -> None:
