@@ -48,7 +48,7 @@ class MaskedTransformerConfig(BaseModel, extra="forbid", frozen=True):
     depths: tuple[PositiveInt, PositiveInt, PositiveInt] = (5, 5, 5)
     num_heads: PositiveInt = 6
     mlp_ratio: PositiveFloat = 4.0
-    drop_path: float = Field(0.1, ge=0, lt=1)  # of the last block; the first has none
+    drop_path: float = Field(default=0.1, ge=0, lt=1)  # of the last block; the first has none
     # Tokens see those nearer than this; fine-tuning: 0.32, 0.64, 1.28 and others. None: all see all
     local_radii: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     stage_norms: Literal["every", "last"] = "every"  # last: fine-tuning for classification
