@@ -9,6 +9,7 @@ from models.image_models.attention_vgg import ViewAutoencoderConfig, ViewSegment
 from models.image_models.multi_view import MultiViewClassifierConfig
 from models.image_models.mvcnn import MVCNNConfig
 from models.image_models.pooled import PooledTrunkConfig
+from models.image_models.projected_views import ProjectedViewsConfig
 from models.image_models.teacher import ImageTeacher
 from models.image_models.vision_transformer import TokenTrunkConfig
 
@@ -16,6 +17,7 @@ ImageModelConfig = Annotated[
     MultiViewClassifierConfig
     | MVCNNConfig
     | PooledTrunkConfig
+    | ProjectedViewsConfig
     | TokenTrunkConfig
     | ViewAutoencoderConfig
     | ViewSegmenterConfig,
