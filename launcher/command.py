@@ -11,6 +11,8 @@ from datastore.progress import PROGRESS_DIR_VARIABLE
 
 STORE_SHARING_VARIABLE: Final = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 LOOPBACK: Final = "127.0.0.1"
+AGENT_WORDS: Final = (sys.executable, "-m", "launcher.agent")
+TRAINER_WORDS: Final = (sys.executable, "-m", "trainer")
 
 
 @dataclass(frozen=True)
@@ -36,21 +38,38 @@ class Machine:
 
 @dataclass(frozen=True)
 class Layout:
-    """How many processes a job has, and how they meet."""
+    """How many processes a job has, and when a node or a worker counts as lost."""
 
     nodes: int
     procs_per_node: int = 1
-    max_restarts: int = 3
+    max_restarts: int = 3  # in a row, without a new checkpoint
+    min_nodes: int | None = None  # with which the job goes on; None: with all
+    node_timeout: float = 6.0  # seconds of silence
+    step_deadline: float = 60.0  # seconds, at least; 0: no worker counts as hung
+
+    @property
+    def least_nodes(self) -> int:
+        """Nodes without which the job waits."""
+        return self.nodes if self.min_nodes is None else self.min_nodes
 
     @property
     def world(self) -> int:
-        """Worker processes in all."""
+        """Worker processes in all, when all nodes are there."""
         return self.nodes * self.procs_per_node
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a node is."""
+
+    address: str = LOOPBACK
+    interface: str | None = None  # None: the loopback interface
+    network: str | None = None  # the network namespace
 
 
 def worker_words(stage: Sequence[str]) -> tuple[str, ...]:
     """The command of one process of a stage, from the stage's name and its arguments."""
-    return (sys.executable, "-m", "trainer", *stage)
+    return (*TRAINER_WORDS, *stage)
 
 
 def process_command(worker: Sequence[str], machine: Machine, progress: Path) -> Command:
@@ -68,18 +87,29 @@ def node_command(
     logs: Path,
     machine: Machine,
     progress: Path,
+    place: Place = Place(),
 ) -> Command:
     """The agent of one node of a stage that runs on several; its workers inherit the environment."""
     agent = (
-        sys.executable, "-m", "launcher.agent", "--endpoint", endpoint, "--job", job,
-        "--node", str(node), "--nodes", str(layout.nodes), "--procs-per-node", str(layout.procs_per_node),
-        "--max-restarts", str(layout.max_restarts), "--logs", str(logs),
+        *AGENT_WORDS, "--endpoint", endpoint, "--job", job, "--node", str(node),
+        "--procs-per-node", str(layout.procs_per_node), "--address", place.address,
+        *(("--network", place.network) if place.network else ()),
+        "--node-timeout", f"{layout.node_timeout:g}", "--step-deadline", f"{layout.step_deadline:g}", "--logs", str(logs),
     )  # fmt: skip
     devices = devices_of_node(node, layout, machine.gpus)
     environment = worker_environment(machine, processes=layout.world, devices=devices, progress=progress)
+    interface = place.interface or loopback_interface()
     return Command(
-        (*agent, "--", *worker), environment | {STORE_SHARING_VARIABLE: "1", "GLOO_SOCKET_IFNAME": loopback_interface()}
+        (*agent, "--", *worker), environment | {STORE_SHARING_VARIABLE: "1", "GLOO_SOCKET_IFNAME": interface}
     )
+
+
+def nursery_environment(layout: Layout, machine: Machine) -> dict[str, str]:
+    """What must be said to the process that workers are forked from, as they cannot hear it any more."""
+    needed = {"DS_ACCELERATOR", *_KEEP_FREED_MEMORY}
+    devices = devices_of_node(0, layout, machine.gpus)
+    environment = worker_environment(machine, processes=layout.world, devices=devices, progress=Path())
+    return {name: value for name, value in environment.items() if name in needed}
 
 
 # On the CPU every step frees and asks for the same large blocks. glibc would hand them back to the kernel and fault them in

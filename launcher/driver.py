@@ -2,9 +2,8 @@
 
 import json
 import shutil
-import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -12,17 +11,21 @@ from typing import Any, Final
 import fsspec
 
 from datastore.errors import EXIT_DONE, EXIT_STOPPED, AskedWrongly, DoNotRetry, MissingField
-from launcher.command import Command, Machine, node_command, process_command, worker_words
+from launcher.chaos import Chaos, needs_networks
+from launcher.command import Command, Machine, node_command, nursery_environment, process_command, worker_words
+from launcher.events import describe_event
 from launcher.facts import FEATURES_CACHED, find_features, find_store, observe
 from launcher.local import Outcome, run_nodes, run_process, this_machine
+from launcher.network import Networks, why_not
 from launcher.nursery import Nursery
+from launcher.patience import tolerating
 from launcher.plan import Goal, Prerequisite, Step, corpus_folder, plan
 from launcher.prerequisites import missing_networks, prerequisites_of
 from launcher.presence import HeldError, Presence
 from launcher.readings import ProgressReader
 from launcher.rendezvous import RendezvousStore
 from launcher.runs import COMPLETE, ChosenRun, choose_run, pinned
-from launcher.spec import LaunchSpec, check_world, worlds_for
+from launcher.spec import LaunchSpec, check_world, node_counts_for, worlds_for
 from launcher.stop import STOP_REQUESTED, StopRequest, Urgency
 from launcher.summary import STEP_FINISHED, results_of, summarise
 from launcher.tail import last_lines
@@ -136,7 +139,9 @@ class _Launch:
         self._goal, self._spec, self._screen, self._command = goal, spec, screen, command
         self._run = RunFolder(goal.run_url, writer="launcher")
         self._machine = this_machine()
-        self._nursery = Nursery()
+        # imports what training needs, and its children all that they do not need to import any more
+        self._nursery = Nursery(nursery_environment(spec.layout, self._machine), stage="pretrain")
+        self._networks: Networks | None = None
 
     def run(self, presence: Presence) -> int:
         """The exit code of the launch."""
@@ -149,7 +154,9 @@ class _Launch:
             steps = plan(self._goal, observe(self._goal))
             store: RendezvousStore | None = None
             if any(step.on_nodes and not step.done for step in steps):
-                store = held.enter_context(RendezvousStore(self._spec.rendezvous_port))
+                self._networks = self._enter_networks(held)
+                place = {"host": self._networks.host} if self._networks is not None else {}
+                store = held.enter_context(RendezvousStore(self._spec.rendezvous_port, **place))
                 held.enter_context(self._nursery).warm_up()
             self._run.append_event(
                 "launch_started", command=self._command, nodes=self._spec.layout.nodes, world=self._spec.layout.world,
@@ -171,8 +178,10 @@ class _Launch:
     def _step(self, step: Step, store: RendezvousStore | None, stop: StopRequest, presence: Presence) -> Outcome:
         run = RunFolder(step.run_url, writer="launcher")
         with ExitStack() as held:
+            presences = [presence]
             if step.kind == "prerequisite":
-                held.enter_context(Presence(run, "Other launches share this network: wait until it is trained."))
+                shared = Presence(run, "Other launches share this network: wait until it is trained.")
+                presences.append(held.enter_context(shared))
             if step.config is not None:
                 self._write_config(run, step)
             logs = logs_folder(run)
@@ -183,15 +192,18 @@ class _Launch:
             self._screen.begin(step.title)
 
             def watch() -> None:
-                presence.refresh()
+                for each in presences:
+                    each.refresh()
                 self._screen.show(reader.read())
 
             if step.on_nodes:
                 assert store is not None
                 outcome = run_nodes(
-                    worker_words(step.words), layout=self._spec.layout, job=step.name, endpoint=store.endpoint,
+                    worker_words(step.words), layout=self._spec.layout, job=step.name, store=store,
                     logs=logs, progress=progress, machine=self._machine, stop=stop, watch=watch,
                     on_event=self._listener(run), start_agent=self._nursery.start,
+                    committed=_Committed(run, step, reader), node_counts=self._node_counts(),
+                    chaos=Chaos(self._spec.chaos) if step.name == "pretrain" else None, networks=self._networks,
                 )  # fmt: skip
             else:
                 command = process_command(worker_words(step.words), self._machine, progress)
@@ -202,11 +214,28 @@ class _Launch:
                 self._run.append_event(
                     STEP_FINISHED, step=step.name, stage=step.kind, title=step.title, seconds=seconds
                 )
-                if step.teacher is not None:
-                    self._remember_features(step.teacher, logs / "node-0" / step.name)
+                if step.teacher is not None and outcome.output is not None:
+                    self._remember_features(step.teacher, outcome.output)
             _upload(run, logs)
             run.flush()
             return outcome
+
+    def _node_counts(self) -> tuple[int, ...]:
+        """Numbers of nodes that can share each global batch of this launch."""
+        trained = [self._goal.config, *(needed.config for needed in self._goal.prerequisites)]
+        return node_counts_for(self._spec.layout, *(config.global_batch for config in trained))
+
+    def _enter_networks(self, held: ExitStack) -> Networks | None:
+        """Networks of their own for the nodes, where the faults asked for need them and the machine has them."""
+        if not needs_networks(self._spec.chaos) or why_not() is not None:
+            return None
+        remote = [url for url in (self._goal.store_url, self._goal.run_url) if not RunFolder(url).is_local]
+        if remote:
+            raise AskedWrongly(
+                f"--chaos: a partition puts nodes into networks of their own, from which {' and '.join(remote)} cannot "
+                f"be reached. Leave it out, or give local --data and --runs."
+            )
+        return held.enter_context(Networks(self._spec.layout.nodes))
 
     def _write_config(self, run: RunFolder, step: Step) -> None:
         config = step.config
@@ -218,10 +247,9 @@ class _Launch:
                 config = pinned(config, features)
         run.write_config(config)
 
-    def _remember_features(self, teacher: Prerequisite, folder: Path) -> None:
+    def _remember_features(self, teacher: Prerequisite, output: Path) -> None:
         """Notes under which key the teacher's features lie: several teachers of one name can lie side by side."""
-        newest = max(folder.glob("start-*/worker-0.out.log"))
-        summary = json.loads(last_lines(newest, 1)[0])
+        summary = json.loads(last_lines(output, 1)[0])
         teacher_run = RunFolder(teacher.run_url, writer="launcher")
         teacher_run.append_event(FEATURES_CACHED, store=self._goal.store_url, teacher=summary["teacher"])
 
@@ -229,7 +257,7 @@ class _Launch:
         """Keeps the events of nodes in the run's history, and shows those that a person wants to know of."""
 
         def on_event(kind: str, **facts: Any) -> None:
-            run.append_event(kind, **facts)
+            tolerating(lambda: run.append_event(kind, **facts), "write down what happened", None)
             line = describe_event(kind, facts)
             if line is not None:
                 self._screen.say(f"  {line}")
@@ -248,7 +276,9 @@ class _Launch:
             step.title,
             f"failed with exit code {outcome.exit_code}" + (f" on {outcome.culprit}" if step.on_nodes else ""),
         )
-        self._run.append_event("launch_failed", step=step.name, exit_code=outcome.exit_code)
+        self._run.append_event("launch_failed", step=step.name, exit_code=outcome.exit_code, reason=outcome.reason)
+        if outcome.reason:
+            self._screen.say(f"\n{outcome.reason[:1].upper()}{outcome.reason[1:]}.")
         if outcome.log is not None:
             self._screen.say(f"\nThe end of {outcome.log}:")
             for line in last_lines(outcome.log, _FAILURE_LINES):
@@ -259,19 +289,24 @@ class _Launch:
         return outcome.exit_code
 
 
-def describe_event(kind: str, facts: Mapping[str, Any]) -> str | None:
-    """One line for people, or None for what is as expected."""
-    if kind == "workers_ended" and set(facts["exit_codes"].values()) <= {EXIT_STOPPED, -signal.SIGTERM}:
-        return None
-    if kind == "workers_ended":
-        how = ", ".join(f"rank {rank} {_ending(code)}" for rank, code in facts["exit_codes"].items())
-        again = "; all start again from the last checkpoint" if facts["restarts_left"] else ""
-        return f"node {facts['node']}: {how}{again}"
-    if kind == "node_replaced":
-        return f"{facts['name']} was killed ({facts['killed_by']}); it starts again"
-    if kind == "workers_started" and facts["start"] > 0 and 0 in facts["ranks"]:
-        return f"all {facts['world']} workers run again"
-    return None
+class _Committed:
+    """What no restart of a step can lose: its newest checkpoint, or the share of its work that is written."""
+
+    def __init__(self, run: RunFolder, step: Step, reader: ProgressReader) -> None:
+        self._run, self._step, self._reader = run, step, reader
+        self._last = 0.0
+
+    def __call__(self) -> float:
+        """A number that grows with it."""
+        self._last = max(self._last, tolerating(self._look, "look for new checkpoints", self._last))
+        return self._last
+
+    def _look(self) -> float:
+        if self._step.config is None:
+            reading = self._reader.read()
+            return float(reading.done) if reading is not None else 0.0
+        saved = self._run.last_event("saved")
+        return float(saved["step"]) if saved is not None else 0.0
 
 
 def logs_folder(run: RunFolder) -> Path:
@@ -351,13 +386,9 @@ def _refuse_missing_networks(config: RunConfig) -> None:
         )
 
 
-def _ending(code: int) -> str:
-    return f"was killed ({signal.Signals(-code).name})" if code < 0 else f"failed with exit code {code}"
-
-
 def _upload(run: RunFolder, logs: Path) -> None:
     """Copies the logs into a run folder that lies on object storage."""
     if run.is_local or not logs.exists():
         return
-    filesystem, root = fsspec.core.url_to_fs(run.url)
+    filesystem, root = fsspec.core.url_to_fs(run.url, use_listings_cache=False)
     filesystem.put(f"{logs}/", f"{root}/logs/", recursive=True)

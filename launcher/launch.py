@@ -4,10 +4,11 @@ import argparse
 import shlex
 
 from datastore.errors import AskedWrongly
+from launcher.chaos import GRAMMAR
 
 HELP = "run a job to its report: prepare what is missing, train, compare, evaluate"
 
-EXAMPLES = """\
+EXAMPLES = f"""\
 examples:
   viewpoint launch pointmcd --nodes 4
       the demo: no data, no GPU; corpus, teacher, training, evaluation and report in minutes
@@ -17,7 +18,10 @@ examples:
       a named run with two settings changed; the same command continues it after a stop
   viewpoint launch pointmcd --nodes 4 --dry-run
       what would run: every command and its environment
+  viewpoint launch pointmcd --nodes 2:3 --set checkpoint.every_steps=5 --chaos kill-worker@20,kill-node=2@40:15s
+      how the job gets over a killed worker and a killed node; it goes on with two nodes until the third is back
 
+{GRAMMAR}
 Ctrl-C saves a checkpoint and stops; the same command goes on. A second Ctrl-C kills.
 exit codes: 0 done; 2 asked wrongly; 64 wrong configuration or data, do not retry; 75 stopped, the same command goes on;
             else failed, a retry makes sense
@@ -30,7 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "job", metavar="JOB", help="a recipe's name (pointmcd, pointmcd_teacher) or a recipe file of your own (*.yaml)"
     )
     parser.add_argument(
-        "--nodes", type=whole_number, default=1, metavar="N", help="nodes, each with an agent of its own (default: 1)"
+        "--nodes",
+        type=node_range,
+        default=(1, 1),
+        metavar="N|MIN:MAX",
+        help="nodes, each with an agent of its own (default: 1). 2:4: four, and the job goes on while two are left",
     )
     parser.add_argument(
         "--procs-per-node", type=whole_number, default=1, metavar="P", help="worker processes on each node (default: 1)"
@@ -59,8 +67,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prepare", action="store_true", help="with --data: also train the teacher and cache its features if missing"
     )
     parser.add_argument(
-        "--max-restarts", type=natural_number, default=3, metavar="R", help="restarts after a worker dies (default: 3)"
+        "--max-restarts",
+        type=natural_number,
+        default=3,
+        metavar="R",
+        help="restarts in a row without a new checkpoint, after which the job is given up (default: 3)",
     )
+    parser.add_argument(
+        "--step-deadline",
+        type=seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="a worker hangs that needs longer for a step, and ten times as long as for those before; 0: none does "
+        "(default: 60)",
+    )
+    parser.add_argument(
+        "--node-timeout",
+        type=seconds,
+        default=6.0,
+        metavar="SECONDS",
+        help="silence after which a node counts as lost (default: 6)",
+    )
+    parser.add_argument("--chaos", metavar="PLAN", help="faults on purpose, on local nodes; see below")
     parser.add_argument(
         "--rendezvous-port", type=port_number, default=0, metavar="PORT", help="where nodes meet (default: a free port)"
     )
@@ -72,23 +100,55 @@ def run(arguments: argparse.Namespace) -> int:
     """The exit code of `viewpoint launch`."""
     if arguments.prepare and arguments.data is None:
         raise AskedWrongly("--prepare goes with --data URL: without data, the demo prepares everything anyway.")
+    from launcher.chaos import parse_chaos
     from launcher.command import Layout
     from launcher.driver import launch
     from launcher.spec import LaunchSpec
 
+    least, most = arguments.nodes
+    layout = Layout(
+        most,
+        arguments.procs_per_node,
+        arguments.max_restarts,
+        min_nodes=least,
+        node_timeout=arguments.node_timeout,
+        step_deadline=arguments.step_deadline,
+    )
     spec = LaunchSpec(
         job=arguments.job,
-        layout=Layout(arguments.nodes, arguments.procs_per_node, arguments.max_restarts),
+        layout=layout,
         data_url=arguments.data,
         runs_url=arguments.runs,
         run_name=arguments.run,
         assignments=tuple(arguments.assignments),
         prepare=arguments.prepare,
         rendezvous_port=arguments.rendezvous_port,
+        chaos=parse_chaos(arguments.chaos, layout) if arguments.chaos is not None else (),
     )
     return launch(
         spec, command=shlex.join(["viewpoint", *arguments.words]), dry_run=arguments.dry_run, as_json=arguments.json
     )
+
+
+def node_range(text: str) -> tuple[int, int]:
+    """An option's value that says how many nodes, or how few and how many: `3` or `2:4`."""
+    least, colon, most = text.partition(":")
+    if not colon:
+        return whole_number(text), whole_number(text)
+    if whole_number(least) > whole_number(most):
+        raise argparse.ArgumentTypeError(f"{text!r} has its numbers in the wrong order: MIN:MAX, for example 2:4")
+    return whole_number(least), whole_number(most)
+
+
+def seconds(text: str) -> float:
+    """An option's value that is a time."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds") from None
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be 0 or more seconds, got {value}")
+    return value
 
 
 def whole_number(text: str) -> int:

@@ -12,6 +12,7 @@ import psutil
 
 from datastore.errors import ViewpointError
 from datastore.objects import ObjectFolder
+from launcher.patience import tolerating
 from trainer.runfolder import RunFolder
 
 _NOTE: Final = "launcher.json"
@@ -68,7 +69,7 @@ class Presence:
         now = time.monotonic()
         if now - self._refreshed > _REFRESH_SECONDS:
             self._refreshed = now
-            self._write()
+            tolerating(self._write, f"say in {self._run.url} that this launcher is still there", None)
 
     def enter_step(self, step: str) -> None:
         """Says what we are at."""

@@ -56,7 +56,7 @@ def find_run(run: str) -> RunFolder:
 
 def run_names(runs_url: str) -> list[str]:
     """Names of the runs in a folder; none where there is no folder."""
-    filesystem, root = fsspec.core.url_to_fs(runs_url)
+    filesystem, root = fsspec.core.url_to_fs(runs_url, use_listings_cache=False)
     if not filesystem.isdir(root):
         return []
     names = (Path(path).name for path in filesystem.ls(root, detail=False))
@@ -123,7 +123,7 @@ def _differences(there: object, asked: object, key: str = "") -> list[str]:
 
 
 def _numbers(runs_url: str, job: str) -> list[int]:
-    filesystem, root = fsspec.core.url_to_fs(runs_url)
+    filesystem, root = fsspec.core.url_to_fs(runs_url, use_listings_cache=False)
     if not filesystem.isdir(root):
         return []
     matches = (re.fullmatch(rf"{re.escape(job)}-(\d+)", Path(path).name) for path in filesystem.ls(root, detail=False))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from datastore.errors import AskedWrongly
+from launcher.chaos import Fault
 from launcher.command import Layout
 
 
@@ -18,6 +19,7 @@ class LaunchSpec:
     assignments: tuple[str, ...] = ()
     prepare: bool = False
     rendezvous_port: int = 0
+    chaos: tuple[Fault, ...] = ()
 
     @property
     def is_demo(self) -> bool:
@@ -35,6 +37,13 @@ def worlds_for(*global_batches: int) -> tuple[int, ...]:
         for world in range(1, max(2, min(global_batches) // 2 + 1))
         if all(batch % world == 0 for batch in global_batches)
     )
+
+
+def node_counts_for(layout: Layout, *global_batches: int) -> tuple[int, ...]:
+    """Numbers of nodes, up to the layout's, whose processes share every one of these global batches evenly."""
+    processes = layout.procs_per_node
+    worlds = [world for world in worlds_for(*global_batches) if world % processes == 0 and world <= layout.world]
+    return tuple(world // processes for world in worlds)
 
 
 def check_world(layout: Layout, global_batches: dict[str, int]) -> None:

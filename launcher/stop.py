@@ -7,6 +7,8 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Final, Self
 
+from launcher.patience import tolerating
+
 STOP_REQUESTED: Final = "stop-requested"
 """The file in a run folder by which `viewpoint cancel` asks, from wherever it runs."""
 
@@ -37,7 +39,7 @@ class StopRequest:
         now = time.monotonic()
         if self._urgency is Urgency.GO_ON and now - self._asked_at >= _ASK_EVERY_SECONDS:
             self._asked_at = now
-            if self._asked_elsewhere():
+            if tolerating(self._asked_elsewhere, "see whether somebody asked this launch to stop", False):
                 self._urgency = Urgency.SAVE_AND_STOP
         return self._urgency
 

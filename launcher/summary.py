@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from datastore.progress import format_seconds
+from launcher.events import describe_recoveries
 from launcher.plan import Goal, record_name, spoken
 from launcher.spec import LaunchSpec
 from trainer.evaluate import RANDOM_WEIGHTS
@@ -57,6 +58,7 @@ def summarise(run: RunFolder, goal: Goal, spec: LaunchSpec) -> str:
         ("encoder", run.export_url),
         ("run", run.url),
         ("corpus", goal.store_url),
+        ("faults", describe_recoveries(run.events()) or ""),
         ("time", f"{format_seconds(sum(seconds.values()))}: {times}" if seconds else ""),
     ]
     blocks.append("\n".join(f"{name:<9}{value}" for name, value in where if value))

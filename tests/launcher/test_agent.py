@@ -5,36 +5,33 @@ from pathlib import Path
 
 import pytest
 
-from datastore.errors import EXIT_DO_NOT_RETRY, DoNotRetry
-from launcher.agent import NodeLogs, check_environment, final_exit_code, parser, run
+from datastore.errors import EXIT_DO_NOT_RETRY, EXIT_FAILED, EXIT_STOPPED, DoNotRetry
+from launcher.agent import cause_of, check_environment, have_saved, parser, run, start_folder
 
 KILLED, TERMINATED = -signal.SIGKILL, -signal.SIGTERM
 
 
 @pytest.mark.parametrize(
-    ("codes", "final"),
+    ("code", "is_hung", "cause"),
     [
-        ([64], 64),
-        ([1, 64], 64),
-        ([2], 2),
-        ([75], 75),
-        ([75, TERMINATED], 75),  # the neighbour was in its last lines when the agent's signal met it
-        ([75, KILLED], None),  # the neighbour of a killed worker saves when it is told to end: that is no wish to stop
-        ([1], None),
-        ([KILLED], None),
-        ([], None),
+        (EXIT_STOPPED, False, "saved"),
+        (TERMINATED, False, "saved"),  # told to stop before it listened: there was nothing to save
+        (KILLED, False, "killed"),
+        (KILLED, True, "hung"),
+        (EXIT_FAILED, False, "failed"),
     ],
 )
-def test_only_some_exit_codes_end_a_job(codes: list[int], final: int | None) -> None:
-    assert final_exit_code(codes) == final
+def test_what_became_of_a_worker_follows_from_its_exit_code(code: int, is_hung: bool, cause: str) -> None:
+    assert cause_of(code, is_hung=is_hung) == cause
 
 
-def test_every_start_of_the_workers_has_logs_of_its_own(tmp_path: Path) -> None:
-    logs = NodeLogs(tmp_path)
-    first, second = (logs.reify({0: {}, 1: {}}).stderrs for _ in range(2))
-    assert first == {rank: str(tmp_path / f"start-000/worker-{rank}.err.log") for rank in (0, 1)}
-    assert second[0] == str(tmp_path / "start-001/worker-0.err.log")
-    assert NodeLogs(tmp_path).reify({0: {}}).stdouts[0] == str(tmp_path / "start-002/worker-0.out.log")
+def test_workers_that_were_told_to_stop_have_saved_only_if_all_did() -> None:
+    assert have_saved([EXIT_STOPPED, TERMINATED])
+    assert not have_saved([EXIT_STOPPED, KILLED])
+
+
+def test_every_start_of_the_workers_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    assert [start_folder(tmp_path).name for _ in range(3)] == ["start-000", "start-001", "start-002"]
 
 
 @pytest.mark.parametrize("environment", [{}, {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "0"}])
@@ -51,8 +48,6 @@ def test_without_the_mandatory_environment_an_agent_refuses_to_run(
         "j",
         "--node",
         "0",
-        "--nodes",
-        "1",
         "--logs",
         str(tmp_path),
         "--",

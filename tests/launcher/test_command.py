@@ -12,7 +12,7 @@ def test_the_command_of_a_node_is_its_agent_with_the_worker_behind_it() -> None:
     command = node_command(
         worker_words(("pretrain", "--config", "runs/a/config.yaml", "--run", "runs/a")),
         node=1,
-        layout=Layout(nodes=4, procs_per_node=2, max_restarts=3),
+        layout=Layout(nodes=4, procs_per_node=2, step_deadline=90),
         job="pretrain",
         endpoint="127.0.0.1:29400",
         logs=Path("runs/a/logs/node-1/pretrain"),
@@ -20,8 +20,9 @@ def test_the_command_of_a_node_is_its_agent_with_the_worker_behind_it() -> None:
         progress=PROGRESS,
     )
     assert " ".join(command.words) == (
-        f"{sys.executable} -m launcher.agent --endpoint 127.0.0.1:29400 --job pretrain --node 1 --nodes 4 "
-        f"--procs-per-node 2 --max-restarts 3 --logs runs/a/logs/node-1/pretrain -- "
+        f"{sys.executable} -m launcher.agent --endpoint 127.0.0.1:29400 --job pretrain --node 1 "
+        f"--procs-per-node 2 --address 127.0.0.1 --node-timeout 6 --step-deadline 90 "
+        f"--logs runs/a/logs/node-1/pretrain -- "
         f"{sys.executable} -m trainer pretrain --config runs/a/config.yaml --run runs/a"
     )
     assert command.environment == {

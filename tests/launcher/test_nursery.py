@@ -14,7 +14,7 @@ from launcher.command import Command
 from launcher.nursery import Nursery
 
 # the agent refuses to run without the mandatory variable, and says so
-WORDS = "-m launcher.agent --endpoint 127.0.0.1:1 --job j --node 0 --nodes 1 --logs unused -- true"
+WORDS = "-m launcher.agent --endpoint 127.0.0.1:1 --job j --node 0 --logs unused -- true"
 REFUSED = Command((sys.executable, *WORDS.split()), {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "0"})
 
 

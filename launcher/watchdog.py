@@ -1,0 +1,66 @@
+"""Pure: how long a worker may be silent, from what it does and how long its steps took so far."""
+
+import statistics
+from collections import deque
+from dataclasses import dataclass
+from typing import Final
+
+from trainer.heartbeat import Beat
+
+_REMEMBERED_STEPS: Final = 50
+_LOOKS_APART_SECONDS: Final = 5.0
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """Seconds of silence that each phase may take. A step: so many times the median of those before, but no less than a floor."""
+
+    step_floor: float = 60.0
+    step_factor: float = 10.0
+    startup: float = 900.0  # a large checkpoint is read from object storage, kernels are compiled, the first step ends
+    checkpoint: float = 900.0  # a large checkpoint is written to object storage
+    finishing: float = 900.0
+
+    def allowed(self, phase: str, typical_step: float) -> float:
+        """The deadline of a phase, where a step typically takes so long."""
+        if phase == "step":
+            return max(self.step_floor, self.step_factor * typical_step)
+        longer = {"startup": self.startup, "checkpoint": self.checkpoint, "finishing": self.finishing}[phase]
+        return max(longer, self.step_floor)
+
+
+@dataclass(frozen=True)
+class Hang:
+    """A missed deadline."""
+
+    phase: str
+    step: int
+    silent_seconds: float
+    allowed_seconds: float
+
+
+class Watch:
+    """Follows one worker. A worker that never said a word is not watched: its stage has no heartbeat."""
+
+    def __init__(self, deadlines: Deadlines) -> None:
+        self._deadlines = deadlines
+        self._last: Beat | None = None
+        self._changed_at = self._looked_at = 0.0
+        self._steps: deque[float] = deque(maxlen=_REMEMBERED_STEPS)
+
+    def look(self, beat: Beat | None, now: float) -> Hang | None:
+        """Takes in what the worker said last; what is wrong where that is too long ago."""
+        if now - self._looked_at > _LOOKS_APART_SECONDS:
+            self._changed_at += now - self._looked_at  # we were stopped ourselves, and may not blame the worker
+        self._looked_at = now
+        if beat is None:
+            return None
+        before, self._last = self._last, beat
+        if before is None or beat != before:
+            self._changed_at = now
+            if before is not None and before.phase == beat.phase == "step" and beat.step > before.step:
+                self._steps.append((beat.seconds - before.seconds) / (beat.step - before.step))
+            return None
+        silent = now - self._changed_at
+        allowed = self._deadlines.allowed(beat.phase, statistics.median(self._steps) if self._steps else 0.0)
+        return Hang(beat.phase, beat.step, silent, allowed) if silent > allowed else None

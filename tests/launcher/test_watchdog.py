@@ -1,0 +1,74 @@
+"""When a worker counts as hung."""
+
+from launcher.watchdog import Deadlines, Watch
+from trainer.heartbeat import Beat
+
+DEADLINES = Deadlines(step_floor=10.0, step_factor=10.0, startup=100.0, checkpoint=200.0)
+
+
+def stepping(watch: Watch, seconds: float, steps: int, start: float = 0.0) -> float:
+    """Looks once a second while a worker takes its steps; the time of the last one."""
+    now = start
+    for step in range(1, steps + 1):
+        until = start + step * seconds
+        while now < until:
+            assert watch.look(Beat("step", step - 1, start + (step - 1) * seconds), now) is None
+            now += 1.0
+        assert watch.look(Beat("step", step, until), now) is None
+    return now
+
+
+def silent_until(watch: Watch, beat: Beat, now: float, limit: float = 1000.0) -> float:
+    """For how long a worker may say the same, in whole seconds."""
+    watch.look(beat, now)
+    for second in range(1, int(limit)):
+        if watch.look(beat, now + second):
+            return second - 1.0
+    return limit
+
+
+def test_each_phase_has_a_deadline_and_steps_one_that_follows_from_those_before() -> None:
+    assert DEADLINES.allowed("startup", 0.0) == 100
+    assert DEADLINES.allowed("checkpoint", 50.0) == 200
+    assert DEADLINES.allowed("step", 0.1) == 10, "not below the floor"
+    assert DEADLINES.allowed("step", 5.0) == 50
+
+
+def test_slow_steps_allow_longer_silence() -> None:
+    quick, slow = Watch(DEADLINES), Watch(DEADLINES)
+    assert silent_until(quick, Beat("step", 9, 9.0), stepping(quick, 1.0, 8)) == 10
+    assert silent_until(slow, Beat("step", 9, 36.0), stepping(slow, 4.0, 8)) == 40
+
+
+def test_one_slow_step_does_not_make_the_watchdog_patient() -> None:
+    watch = Watch(DEADLINES)
+    now = stepping(watch, 1.0, 20)
+    assert watch.look(Beat("step", 21, 9.5), now + 1) is None, "nine seconds"
+    assert silent_until(watch, Beat("step", 22, 10.5), now + 2) == 10
+
+
+def test_start_and_checkpoint_take_longer_than_a_step() -> None:
+    assert silent_until(Watch(DEADLINES), Beat("startup", 0, 0.0), 0.0) == 100
+    watch = Watch(DEADLINES)
+    assert silent_until(watch, Beat("checkpoint", 9, 9.0), stepping(watch, 1.0, 9)) == 200
+
+
+def test_a_hang_says_how_long_and_in_what() -> None:
+    watch = Watch(DEADLINES)
+    now = stepping(watch, 1.0, 8)
+    for second in range(1, 12):
+        hang = watch.look(Beat("step", 8, 8.0), now + second)
+    assert hang is not None
+    assert (hang.phase, hang.step, hang.silent_seconds, hang.allowed_seconds) == ("step", 8, 11.0, 10.0)
+
+
+def test_a_worker_that_never_says_a_word_is_not_watched() -> None:
+    watch = Watch(DEADLINES)
+    assert all(watch.look(None, float(now)) is None for now in range(10_000))
+
+
+def test_an_agent_that_was_stopped_itself_does_not_blame_its_worker() -> None:
+    watch = Watch(DEADLINES)
+    now = stepping(watch, 1.0, 8)
+    assert watch.look(Beat("step", 8, 8.0), now + 500) is None
+    assert silent_until(watch, Beat("step", 8, 8.0), now + 500) == 10
