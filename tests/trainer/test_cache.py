@@ -27,7 +27,8 @@ from models.image_models.trunk import TrunkConfig
 from models.students import build_student
 from tests.stores import small_attributes, write_small_store
 from trainer import cache as cache_stage
-from trainer.cache import add_arguments, cache, load_teacher, run, teacher_attributes
+from trainer.cache import add_arguments, cache, run
+from trainer.teachers import TimmOptions, load_teacher, teacher_attributes
 
 ROWS = 36  # blocks of 16, 16 and 4
 CONFIG = TrunkConfig(name="test_resnet", image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
@@ -150,7 +151,7 @@ def test_killed_within_a_block_leaves_no_trace(
         if calls == 4:
             raise Killed
 
-    monkeypatch.setattr(cache_stage, "_refuse_overflow", dies)
+    monkeypatch.setattr(cache_stage._Spread, "add", dies)
     with pytest.raises(Killed):
         cache(store, teacher, "teacher", batch=8)
     monkeypatch.undo()
@@ -281,7 +282,7 @@ def test_a_timm_model_takes_its_own_normalisation_and_the_weights_of_a_file(tmp_
     torch.manual_seed(5)
     model = timm.create_model("test_resnet", num_classes=7)
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
-    teacher, training = load_teacher("test_resnet", str(tmp_path / "weights.safetensors"))
+    teacher, training = load_teacher(str(tmp_path / "weights.safetensors"), TimmOptions("test_resnet"))
     assert training == {}, "a file does not say what made it"
     assert isinstance(teacher, PooledTrunk)
     assert torch.equal(teacher.trunk.state_dict()["conv1.0.weight"], model.state_dict()["conv1.0.weight"])
