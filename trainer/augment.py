@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from datastore.errors import DoNotRetry
+
 _GOLDEN: Final = 0x9E3779B97F4A7C15 - 2**64  # splitmix64's constants, as int64 has them
 _FIRST_FACTOR: Final = 0xBF58476D1CE4E5B9 - 2**64
 _SECOND_FACTOR: Final = 0x94D049BB133111EB - 2**64
@@ -52,6 +54,16 @@ def in_random_order(
     """The clouds, the points of each in an order of its own: what looks at the first points found sees others."""
     order = uniform(seeds, points.shape[1], purpose).argsort(dim=1, stable=True)
     return points.gather(1, order[..., None].expand_as(points))
+
+
+def some_points(seeds: Int64[Tensor, " b"], num_stored: int, count: int) -> Int64[Tensor, "b n"]:
+    """Indices of `count` of each cloud's points in random order, others at each visit."""
+    if count > num_stored:
+        raise DoNotRetry(
+            f"objective.num_points is {count}, but a shape comes with {num_stored} points. Lower it, raise "
+            f"data.num_points, or ingest the shapes again with more points."
+        )
+    return uniform(seeds, num_stored, "points of this visit").argsort(dim=1, stable=True)[:, :count]
 
 
 def to_unit_ball(points: Float32[Tensor, "b n 3"]) -> Float32[Tensor, "b n 3"]:

@@ -5,6 +5,7 @@ import zlib
 import pytest
 import torch
 
+from datastore.errors import DoNotRetry
 from trainer.augment import (
     distort,
     drop_out_points,
@@ -15,6 +16,7 @@ from trainer.augment import (
     scale,
     scale_and_shift,
     shift_by_extent,
+    some_points,
     to_unit_ball,
     uniform,
 )
@@ -195,3 +197,15 @@ def test_an_augmentation_belongs_to_sample_and_purpose_and_leaves_its_input_alon
 @pytest.mark.gpu
 def test_a_gpu_draws_the_same_numbers() -> None:
     assert torch.equal(uniform(SEEDS.cuda(), 9, "masks").cpu(), uniform(SEEDS, 9, "masks"))
+
+
+def test_each_visit_takes_a_fresh_subset_that_belongs_to_the_seed() -> None:
+    seeds = torch.tensor([3, 4, 3])
+    chosen = some_points(seeds, 100, 40)
+    assert all(len(set(row.tolist())) == 40 for row in chosen)
+    assert torch.equal(chosen[0], chosen[2]) and not torch.equal(chosen[0], chosen[1])
+    assert torch.equal(some_points(seeds[1:2], 100, 40), chosen[1:2])
+    firsts = some_points(torch.arange(2000), 10, 1)
+    assert torch.bincount(firsts.flatten(), minlength=10).min() > 140
+    with pytest.raises(DoNotRetry, match=r"objective\.num_points is 40"):
+        some_points(seeds, 32, 40)

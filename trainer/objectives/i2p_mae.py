@@ -26,7 +26,7 @@ from models.ops.distances import chamfer_distance
 from models.ops.image_lookup import look_up_bicubic
 from models.ops.neighbours import gather
 from models.students.masked_transformer import MaskedTransformer, propagate_visibility
-from trainer.augment import scale_and_shift, uniform
+from trainer.augment import scale_and_shift, some_points
 from trainer.objectives.base import Corpus, Objective, Terms
 from trainer.objectives.frozen import Frozen, load_network
 from trainer.objectives.guided_masking import draw_visible, entropy, log_weights, num_masked
@@ -227,16 +227,6 @@ class I2PMAE(Objective[I2PMAEBatch]):
         rows = look_up_bicubic(squares, pixels.transpose(1, 2).flatten(0, 1), self._teacher.image_size)
         by_cloud: Tensor = rows.unflatten(0, (-1, NUM_VIEWS)).transpose(1, 2)
         return by_cloud
-
-
-def some_points(seeds: Int64[Tensor, " b"], num_stored: int, count: int) -> Int64[Tensor, "b n"]:
-    """Indices of `count` of each cloud's points in random order: the first of a permutation that belongs to the seed."""
-    if count > num_stored:
-        raise DoNotRetry(
-            f"objective.num_points is {count}, but a shape comes with {num_stored} points. Lower it, raise "
-            f"data.num_points, or ingest the store again with more points."
-        )
-    return uniform(seeds, num_stored, "points of this visit").argsort(dim=1, stable=True)[:, :count]
 
 
 def rows_of(

@@ -24,6 +24,7 @@ from tests.trainer.objectives.cases.i2p_mae import (
     hard_batch,
     points_alone,
 )
+from trainer.augment import some_points
 from trainer.objectives.base import Corpus, TaughtFields
 from trainer.objectives.guided_masking import draw_visible, log_weights, num_masked
 from trainer.objectives.i2p_mae import (
@@ -35,7 +36,6 @@ from trainer.objectives.i2p_mae import (
     OnlineTeacher,
     coordinates_loss,
     features_loss,
-    some_points,
 )
 
 NO_AUGMENTATION: dict[str, Any] = {"scale_range": (1, 1), "shift": 0, "num_points": POINTS}
@@ -166,18 +166,6 @@ def test_points_that_the_teacher_attends_to_stay_visible() -> None:
 
 
 # ---- the data
-
-
-def test_each_visit_takes_a_fresh_subset_that_belongs_to_the_seed() -> None:
-    seeds = torch.tensor([3, 4, 3])
-    chosen = some_points(seeds, 100, 40)
-    assert all(len(set(row.tolist())) == 40 for row in chosen)
-    assert torch.equal(chosen[0], chosen[2]) and not torch.equal(chosen[0], chosen[1])
-    assert torch.equal(some_points(seeds[1:2], 100, 40), chosen[1:2])
-    firsts = some_points(torch.arange(2000), 10, 1)
-    assert torch.bincount(firsts.flatten(), minlength=10).min() > 140
-    with pytest.raises(DoNotRetry, match=r"objective\.num_points is 40"):
-        some_points(seeds, 32, 40)
 
 
 def test_clouds_are_scaled_and_moved_along_their_axes_and_never_turned() -> None:
