@@ -6,13 +6,14 @@ even when the writer is killed. `create` is how processes agree: of many that cr
 
 import errno
 import fcntl
+import mmap
 import os
 import shutil
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,7 @@ _NO_HARD_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLI
 _CONFLICT, _PRECONDITION_FAILED, _INSUFFICIENT_STORAGE = 409, 412, 507  # of HTTP
 _CREATE_ATTEMPTS: Final = 5
 _LARGEST_S3_PUT: Final = 5 * 2**30
+_LARGEST_COPY: Final = 100 * 2**20  # above it s3fs uploads in parts
 _CREATING_IN_MEMORY: Final = threading.Lock()
 """fsspec's file system in memory looks and then writes: two threads could both find nothing."""
 
@@ -175,13 +177,18 @@ class ObjectFolder:
             while piece := file.read(piece_bytes):
                 yield piece
 
-    def put(self, name: str, content: bytes) -> None:
-        """Writes one object whole, in place of what was there. It is on disk when this returns."""
+    def put(self, name: str, content: bytes | mmap.mmap) -> None:
+        """Writes one object whole, in place of what was there. It is on disk when this returns.
+
+        Mapped memory is taken a part at a time: a large object is not copied first.
+        """
         if self.is_local:
             self._put_local(name, content, only_if_absent=False)
             return
         with self._explained_put(name, content):
-            self._filesystem.pipe_file(self._path(name), content)
+            # what is small goes in one request, for which s3fs takes bytes alone
+            whole = content[:] if len(content) < _LARGEST_COPY else content
+            self._filesystem.pipe_file(self._path(name), whole)
 
     def create(self, name: str, content: bytes) -> bool:
         """Writes one object whole if there is none of that name; whether it did.
@@ -224,10 +231,23 @@ class ObjectFolder:
             return
         remove_abandoned(self.local_path / DRAFTS_FOLDER)
 
+    def remove_unfinished_uploads(self, is_abandoned: Callable[[str], bool]) -> None:
+        """Gives up uploads in parts that nobody finishes: S3 keeps, and bills, the parts of killed writers unseen."""
+        if "s3" not in self._filesystem.protocol:
+            return
+        bucket, _, path = self.root.partition("/")
+        prefix = f"{path}/" if path else ""
+        with self._explained(""):
+            for upload in self._filesystem.list_multipart_uploads(bucket):
+                key = str(upload["Key"])
+                if key.startswith(prefix) and is_abandoned(key.removeprefix(prefix)):
+                    with suppress(FileNotFoundError):  # it was finished or given up in this moment
+                        self._filesystem.abort_mpu(bucket, key, upload["UploadId"])
+
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
 
-    def _put_local(self, name: str, content: bytes, *, only_if_absent: bool) -> bool:
+    def _put_local(self, name: str, content: bytes | mmap.mmap, *, only_if_absent: bool) -> bool:
         path = self.local_path / name
         drafts = self.local_path / DRAFTS_FOLDER
         with self._explained_put(name, content):
@@ -281,7 +301,7 @@ class ObjectFolder:
             ) from error
 
     @contextmanager
-    def _explained_put(self, name: str, content: bytes) -> Iterator[None]:
+    def _explained_put(self, name: str, content: bytes | mmap.mmap) -> Iterator[None]:
         """Also turns a full disk and a missing bucket into such errors."""
         try:
             with self._explained(name):
@@ -324,7 +344,7 @@ def _free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def write_whole(descriptor: int, content: bytes | memoryview) -> None:
+def write_whole(descriptor: int, content: bytes | memoryview | mmap.mmap) -> None:
     """Writes all of it; the system may take less at a time."""
     view = memoryview(content)
     while view:

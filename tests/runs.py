@@ -47,5 +47,5 @@ def train(config: RunConfig, url: str) -> RunFolder:
 
     folder = RunFolder(url)
     folder.write_config(config)
-    assert run(argparse.Namespace(config=str(Path(url) / "config.yaml"), run=url)) == 0
+    assert run(argparse.Namespace(config=str(Path(url) / "config.yaml"), run=url, resume=False)) == 0
     return folder

@@ -7,7 +7,7 @@ checkpoint, so it never holds a secret. Each leaf is defined beside the class th
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Any, Final, Self, Union, get_args, get_origin
 
@@ -17,7 +17,7 @@ from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError, mo
 from datastore.errors import AskedWrongly
 from datastore.stream import StreamConfig
 from models.students import StudentConfig
-from trainer.checkpoint import CheckpointConfig
+from trainer.commits import CheckpointConfig
 from trainer.engine import EngineConfig
 from trainer.evaluate import EvaluationConfig
 from trainer.metrics import MetricsConfig
@@ -105,11 +105,7 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
 
     def identity(self) -> dict[str, Any]:
         """What makes two configs the same training: all but where things lie and how the work is spread and watched."""
-        tree = self.model_dump(mode="json")
-        for key in _NOT_PART_OF_THE_IDENTITY:
-            section, _, leaf = key.rpartition(".")
-            _section(tree, section).pop(leaf, None)
-        return tree
+        return _identity_of(self.model_dump(mode="json"))
 
     def hash(self) -> str:
         """Twelve hexadecimal digits of the identity."""
@@ -132,12 +128,39 @@ _NOT_PART_OF_THE_IDENTITY: Final = (
     "engine.zero_stage",
     "engine.max_micro_batch",
     "engine.collective_timeout_seconds",
+    "engine.offload",
+    "student.checkpoint_activations",
     "checkpoint",
     "metrics",
     "evaluation",
     "prepare",
     "comparisons",
 )
+
+
+def differences(there: str, here: str) -> list[str]:
+    """`engine.optimizer.lr: 0.001 there, 0.1 here`, for each value that makes two configs, as YAML, two trainings."""
+    trees = [_identity_of(yaml.safe_load(text) or {}) for text in (there, here)]
+    return list(_differing(trees[0], trees[1]))
+
+
+def _differing(there: object, here: object, key: str = "") -> Iterator[str]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in {**there, **here}:
+            yield from _differing(there.get(name), here.get(name), f"{key}.{name}" if key else str(name))
+    elif there != here:
+        yield f"{key}: {there!r} there, {here!r} here"
+
+
+def _identity_of(tree: dict[str, Any]) -> dict[str, Any]:
+    for key in _NOT_PART_OF_THE_IDENTITY:
+        *sections, leaf = key.split(".")
+        here: Any = tree
+        for name in sections:
+            here = here.get(name) if isinstance(here, dict) else None
+        if isinstance(here, dict):
+            here.pop(leaf, None)
+    return tree
 
 
 def load_recipe(job: str, *, demo: bool, assignments: Sequence[str] = (), store_url: str | None = None) -> RunConfig:

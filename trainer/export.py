@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 def export_run(run_folder: "RunFolder", checkpoint_step: int | None, destination: str) -> dict[str, Any]:
     """Writes the encoder of a run's checkpoint, the newest by default; returns what the folder says of its training."""
     from datastore.objects import ObjectFolder
-    from trainer.checkpoint import committed_steps
+    from trainer.commits import committed_steps
     from trainer.encoders import find_encoder
 
     run_folder.config()  # an error that says so where there is no run

@@ -53,6 +53,25 @@ class TimeAccount:
         return self._seconds | {self._bucket: self._seconds[self._bucket] + running}
 
 
+class Means:
+    """Means of figures over the steps since they were last taken."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._count = 0
+
+    def add(self, figures: Mapping[str, float]) -> None:
+        """One more step."""
+        self._sums = {name: self._sums.get(name, 0.0) + value for name, value in figures.items()}
+        self._count += 1
+
+    def take(self) -> dict[str, float]:
+        """The means so far; counting begins anew."""
+        means = {name: total / self._count for name, total in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return means
+
+
 @dataclass(frozen=True)
 class StepFigures:
     """What is known after a step; a line of metrics.jsonl."""

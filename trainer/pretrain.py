@@ -1,7 +1,8 @@
 """Stage: trains a recipe, a student or a teacher. The loop and the step: the file to read first.
 
 Every process of a run executes `pretrain`. Once a step they agree, in one sum over the ranks, on whether to stop,
-whether to save and whether the loss is finite, so that all do the same at the same step.
+whether to save, whether the loss is finite and whether the next step can be read, so that all do the same at the same
+step.
 """
 
 import argparse
@@ -9,12 +10,12 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from datastore.errors import EXIT_DONE, AskedWrongly, DoNotRetry, Stopped
+from datastore.errors import EXIT_DONE, AskedWrongly, DoNotRetry, Stopped, ViewpointError
 from datastore.progress import Progress
 from datastore.stopping import stop_asked
 from trainer.heartbeat import HEART
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from trainer.metrics import TimeAccount
     from trainer.objectives.base import Objective, Terms
     from trainer.runfolder import RunFolder
+    from trainer.saving import Saved
 
 HELP = "train a recipe: one process of a run"
 
@@ -43,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The stage's options."""
     parser.add_argument("--config", required=True, metavar="FILE", help="the resolved recipe, as a run folder holds it")
     parser.add_argument("--run", required=True, metavar="URL", help="the run folder, local or object storage")
+    parser.add_argument("--resume", action="store_true", help="fail where there is no checkpoint to go on from")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -55,11 +58,18 @@ def run(arguments: argparse.Namespace) -> int:
         config = config_at(arguments.config)
         folder = RunFolder(arguments.run, writer=f"rank-{World.from_env().rank}")
         with joined(config.engine.collective_timeout_seconds) as world:
-            pretrain(config, folder, world, stop)
+            pretrain(config, folder, world, stop, must_exist=arguments.resume)
     return EXIT_DONE
 
 
-def pretrain(config: "RunConfig", folder: "RunFolder", world: "World", stop: "threading.Event") -> None:
+def pretrain(
+    config: "RunConfig",
+    folder: "RunFolder",
+    world: "World",
+    stop: "threading.Event",
+    *,
+    must_exist: bool = False,
+) -> None:
     """Trains the run in this folder to its end."""
     import psutil
     import torch
@@ -67,11 +77,13 @@ def pretrain(config: "RunConfig", folder: "RunFolder", world: "World", stop: "th
     from datastore.layout import open_store
     from datastore.objects import ObjectFolder
     from datastore.stream import open_stream
-    from trainer.checkpoint import due, restore, retain, save
+    from trainer.checkpoint import Identity, restore, start
+    from trainer.commits import due
     from trainer.engine import build_engine, split_batch
     from trainer.export import network_description
     from trainer.fragments import check_layout
-    from trainer.metrics import TimeAccount
+    from trainer.metrics import Means, TimeAccount
+    from trainer.saving import Saver
 
     account = TimeAccount()
     account.add_earlier({"startup": time.time() - psutil.Process().create_time()})  # the imports
@@ -88,7 +100,10 @@ def pretrain(config: "RunConfig", folder: "RunFolder", world: "World", stop: "th
         engine = closing.enter_context(build_engine(objective, config.engine, world, split))
         check_layout(engine)
         checkpoints = ObjectFolder(folder.checkpoints_url)
-        position, damaged = restore(engine, checkpoints, config_hash=config.hash())
+        identity = Identity(config.hash(), config.to_yaml())
+        generation = start(engine, checkpoints)
+        saver = closing.enter_context(Saver(engine, checkpoints, generation, config.checkpoint, identity))
+        position, damaged = restore(engine, checkpoints, identity, generation, must_exist=must_exist)
         account.add_earlier(position.totals)
         stream = open_stream(
             config.data,
@@ -107,9 +122,15 @@ def pretrain(config: "RunConfig", folder: "RunFolder", world: "World", stop: "th
         report = closing.enter_context(Report(config, folder, world, account, stream, position, total_steps))
         report.started(damaged, network_description(objective.encoder, config))
 
-        saved_at = time.monotonic()
+        saved_at, figures = time.monotonic(), Means()
         account.enter("data_wait")
-        for micro_batches in stream.steps(total_steps - position.step):
+        steps = stream.steps(total_steps - position.step)
+        coming = next_batches(steps)
+        if world.any(isinstance(coming, Exception)):
+            raise_unreadable(coming, world)
+        while coming is not None:
+            assert isinstance(coming, list), "ranks that cannot read raise together"
+            micro_batches = coming
             lr = lr_at(
                 config.engine.schedule, config.engine.optimizer.lr, position.step, stream.steps_per_epoch, total_steps
             )
@@ -117,35 +138,62 @@ def pretrain(config: "RunConfig", folder: "RunFolder", world: "World", stop: "th
             torch.manual_seed(step_seed(config.seed, position.step, world.rank))
             terms = train_step(engine, micro_batches, account)
             position = position.advanced(config.global_batch)
+            saver.prepare()
 
-            is_due = world.is_first and due(config.checkpoint, position.step, time.monotonic() - saved_at)
-            agreed = agree(terms, stop=stop.is_set(), save=is_due)
+            account.enter("data_wait")
+            coming = next_batches(steps)  # before the ranks agree: they save first where it cannot be read
+            account.enter("other")
+            report.saved(saver.poll())
+            is_due = world.is_first and due(
+                config.checkpoint,
+                position.step,
+                time.monotonic() - saved_at,
+                stall_seconds=saver.stall_seconds,
+                in_flight=saver.in_flight is not None,
+            )
+            agreed = agree(
+                terms,
+                stop=stop.is_set(),
+                save=is_due,
+                unreadable=isinstance(coming, Exception),
+                save_failed=saver.has_failed,
+            )
+            if agreed.save_failed:
+                saver.raise_failure()
             if not agreed.is_finite or not engine.has_finite_gradient:
                 problem = explain_not_finite(terms, micro_batches, engine, position)
+                report.saved(saver.finish())
                 report.not_finite(position, problem)
                 raise DoNotRetry(problem)
+            figures.add({"loss": sum(agreed.terms.values()), **agreed.terms})
             report.step(position, agreed.terms, lr, engine.grad_norm)
-            HEART.beat(position.step)
 
-            if agreed.save or agreed.stop or position.step == total_steps:
+            ends_here = agreed.stop or agreed.unreadable or coming is None
+            if agreed.save or ends_here:
                 account.enter("checkpoint")
-                HEART.enter("checkpoint")
-                started = time.monotonic()
-                position = position.with_totals(account.seconds)
-                num_bytes = save(engine, position, checkpoints, config_hash=config.hash(), config=config.to_yaml())
-                if world.is_first:
-                    retain(checkpoints, config.checkpoint)
-                saved_at = time.monotonic()
-                report.saved(position, num_bytes, saved_at - started)
-            if agreed.stop and position.step < total_steps:
+                position, saved_at = position.with_totals(account.seconds), time.monotonic()
+                report.saved(saver.begin(position, figures.take()))
+                if ends_here:
+                    report.saved(saver.finish())
+                account.enter("other")
+            if agreed.unreadable:
+                report.unreadable(position)
+                raise_unreadable(coming, world)
+            if agreed.stop and coming is not None:
                 report.stopped(position)
                 raise Stopped(
                     f"Stopped at step {position.step:,} of {total_steps:,}; everything is saved in {folder.url}. "
                     f"The same command goes on from here."
                 )
-            account.enter("data_wait")
-        HEART.enter("finishing")
         report.finished(position)
+
+
+def next_batches(steps: "Iterator[list[Batch]]") -> "list[Batch] | Exception | None":
+    """What is read for the next step. An error is returned: what is trained so far is saved before it is raised."""
+    try:
+        return next(steps, None)
+    except (ViewpointError, OSError) as error:
+        return error
 
 
 def train_step(engine: "Engine", micro_batches: Sequence["Batch"], account: "TimeAccount") -> "list[Terms]":
@@ -168,23 +216,41 @@ class Agreed(NamedTuple):
 
     stop: bool
     save: bool
+    unreadable: bool  # what the next step needs
+    save_failed: bool
     is_finite: bool
     terms: dict[str, float]  # mean over ranks and micro-batches
 
 
-def agree(seen: "list[Terms]", *, stop: bool, save: bool) -> Agreed:
-    """Whether any rank wants to stop or save, whether all losses are finite, and each term's mean: in one sum."""
+def agree(
+    seen: "list[Terms]", *, stop: bool, save: bool, unreadable: bool = False, save_failed: bool = False
+) -> Agreed:
+    """Which flags any rank has set, whether all losses are finite, and each term's mean: in one sum."""
     import torch
 
     from trainer.distributed import all_reduce_sum, communication_device, world_size
 
     names = list(seen[0])
     values = torch.stack([terms[name].double() for terms in seen for name in names]).view(len(seen), len(names))
-    flags = torch.tensor([stop, save], dtype=torch.float64, device=values.device)
+    flags = torch.tensor([stop, save, unreadable, save_failed], dtype=torch.float64, device=values.device)
     is_wrong = (~values.isfinite()).any().double().view(1)
     total = all_reduce_sum(torch.cat([flags, is_wrong, values.mean(dim=0)]).to(communication_device())).tolist()
-    means = [value / world_size() for value in total[3:]]
-    return Agreed(total[0] > 0, total[1] > 0, total[2] == 0, dict(zip(names, means, strict=True)))
+    any_stop, any_save, any_unreadable, any_failed, any_wrong = (count > 0 for count in total[:5])
+    means = [value / world_size() for value in total[5:]]
+    terms = dict(zip(names, means, strict=True))
+    return Agreed(any_stop, any_save, any_unreadable, any_failed, not any_wrong, terms)
+
+
+def raise_unreadable(coming: "list[Batch] | Exception | None", world: "World") -> None:
+    """Raises on all ranks what some rank's data could not be read for; all ranks call it."""
+    from trainer.distributed import gather_reports
+
+    mine = coming if isinstance(coming, Exception) else None
+    problems = gather_reports(None if mine is None else (str(mine), isinstance(mine, DoNotRetry)))
+    if mine is not None:
+        raise mine
+    rank, (message, is_hopeless) = next((rank, each) for rank, each in enumerate(problems) if each is not None)
+    raise (DoNotRetry if is_hopeless else ViewpointError)(f"Rank {rank}: {message}")
 
 
 def explain_not_finite(
@@ -287,11 +353,18 @@ class Report:
             rate, share = f"{figures.samples_per_second:.0f}", f"{100 * figures.data_wait_share:.0f}%"
             self._progress.update(position.step, loss=figures.loss, **{"samples/s": rate, "data wait": share})
 
-    def saved(self, position: "Position", num_bytes: int, seconds: float) -> None:
-        """Notes a committed checkpoint."""
-        self._exporter.saved(position.step, num_bytes)
+    def saved(self, saved: "Sequence[Saved]") -> None:
+        """Notes checkpoints that were committed."""
+        for each in saved:
+            self._exporter.saved(each.step, each.num_bytes)
+            self._folder.append_event(
+                "saved", step=each.step, seconds=each.seconds, stall_seconds=each.stall_seconds, bytes=each.num_bytes
+            )
+
+    def unreadable(self, position: "Position") -> None:
+        """Notes that the run stopped because its data could not be read."""
         if self._world.is_first:
-            self._folder.append_event("saved", step=position.step, seconds=seconds, bytes=num_bytes)
+            self._folder.append_event("unreadable", step=position.step)
 
     def not_finite(self, position: "Position", problem: str) -> None:
         """Notes why the run ended here."""

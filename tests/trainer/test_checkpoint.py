@@ -11,34 +11,20 @@ import torch
 from datastore.errors import DoNotRetry, StoreError
 from datastore.objects import ObjectFolder
 from tests.ranks import run_ranks
-from tests.trainer.toy import GLOBAL_BATCH, config_of, toy_engine, train
-from trainer.checkpoint import (
-    CheckpointConfig,
-    Position,
-    committed_steps,
-    due,
-    load_weights,
-    open_checkpoint,
-    restore,
-    retain,
-    save,
-    superseded,
-)
+from tests.trainer.savers import AT_ONCE, IDENTITY, load, position_at, save
+from tests.trainer.toy import config_of, toy_engine, train
+from trainer.checkpoint import Identity, load_weights, open_checkpoint, restore, start
+from trainer.commits import committed_steps
 from trainer.distributed import World, joined
-from trainer.engine import Engine, EngineConfig
+from trainer.engine import EngineConfig
 
 HALF, WHOLE = 5, 10
-
-
-def _save(engine: Engine, folder: ObjectFolder, step: int, config_hash: str = "abc") -> int:
-    position = Position(step, step * GLOBAL_BATCH, {"forward": 1.5})
-    return save(engine, position, folder, config_hash=config_hash, config="job: toy\n")
 
 
 def _straight_and_saved(config: EngineConfig, url: str, norm: bool, micro_batch: int) -> list[float]:
     engine = toy_engine(config, norm=norm, micro_batch=micro_batch)
     losses = train(engine, range(HALF), micro_batch=micro_batch)
-    _save(engine, ObjectFolder(url), HALF)
+    save(engine, ObjectFolder(url), HALF)
     losses += train(engine, range(HALF, WHOLE), micro_batch=micro_batch)
     engine.close()
     return losses
@@ -47,8 +33,8 @@ def _straight_and_saved(config: EngineConfig, url: str, norm: bool, micro_batch:
 def _resumed(config: EngineConfig, url: str, norm: bool, micro_batch: int) -> list[float]:
     engine = toy_engine(config, norm=norm, micro_batch=micro_batch)
     train(engine, range(2), micro_batch=micro_batch)  # a state of its own, all of which must be replaced
-    restored = restore(engine, ObjectFolder(url), config_hash="abc")
-    assert restored.position == Position(HALF, HALF * GLOBAL_BATCH, {"forward": 1.5})
+    restored = load(engine, ObjectFolder(url))
+    assert restored.position == position_at(HALF)
     assert not restored.damaged
     losses = train(engine, range(HALF, WHOLE), micro_batch=micro_batch)
     engine.close()
@@ -57,9 +43,9 @@ def _resumed(config: EngineConfig, url: str, norm: bool, micro_batch: int) -> li
 
 def _resumed_losses_and_save(config: EngineConfig, url: str, copy_url: str) -> list[float]:
     engine = toy_engine(config)
-    position = restore(engine, ObjectFolder(url), config_hash="abc").position
+    position = load(engine, ObjectFolder(url)).position
     losses = train(engine, range(position.step, WHOLE))
-    _save(engine, ObjectFolder(copy_url), WHOLE)
+    save(engine, ObjectFolder(copy_url), WHOLE)
     engine.close()
     return losses
 
@@ -67,19 +53,17 @@ def _resumed_losses_and_save(config: EngineConfig, url: str, copy_url: str) -> l
 def _many_saves(url: str) -> list[int]:
     engine = toy_engine(config_of(1))
     folder = ObjectFolder(url)
-    config = CheckpointConfig(keep_last=2, keep_every=4)
+    config = AT_ONCE.model_copy(update={"keep_last": 2, "keep_every": 4})
     for step in (2, 4, 6, 8, 10):
         train(engine, [step])
-        _save(engine, folder, step)
-        if engine.world.is_first:
-            retain(folder, config)
+        save(engine, folder, step, config)
     engine.close()
     return committed_steps(folder)
 
 
 def _restore_report(url: str) -> tuple[int, tuple[str, ...]]:
     engine = toy_engine(config_of(1))
-    restored = restore(engine, ObjectFolder(url), config_hash="abc")
+    restored = load(engine, ObjectFolder(url))
     engine.close()
     return restored.position.step, restored.damaged
 
@@ -87,31 +71,7 @@ def _restore_report(url: str) -> tuple[int, tuple[str, ...]]:
 def _restore_error(url: str, config_hash: str) -> str:
     engine = toy_engine(config_of(1))
     with pytest.raises(DoNotRetry) as error:
-        restore(engine, ObjectFolder(url), config_hash=config_hash)
-    engine.close()
-    return str(error.value)
-
-
-def _failure_of_save(url: str) -> str:
-    engine = toy_engine(config_of(1))
-    folder = ObjectFolder(url)
-    if engine.world.rank == 1:
-
-        def full(name: str, content: bytes) -> None:
-            raise DoNotRetry(f"No room for {name}")
-
-        folder.put = full  # type: ignore[method-assign]
-    with pytest.raises(DoNotRetry) as error:
-        _save(engine, folder, 1)
-    engine.close()
-    return str(error.value)
-
-
-def _committed_twice(url: str) -> str:
-    engine = toy_engine(config_of(2))
-    _save(engine, ObjectFolder(url), 1)
-    with pytest.raises(DoNotRetry) as error:
-        _save(engine, ObjectFolder(url), 1)
+        load(engine, ObjectFolder(url), Identity(config_hash, "job: toy\nseed: 7\n"))
     engine.close()
     return str(error.value)
 
@@ -125,9 +85,9 @@ def _flip_a_byte(path: Path, position: int) -> None:
 def _two_saves(url: str) -> list[float]:
     engine = toy_engine(config_of(1))
     train(engine, range(HALF))
-    _save(engine, ObjectFolder(url), HALF)
+    save(engine, ObjectFolder(url), HALF)
     train(engine, range(HALF, 7))
-    _save(engine, ObjectFolder(url), 7)
+    save(engine, ObjectFolder(url), 7)
     losses = train(engine, range(7, 8))
     engine.close()
     return losses
@@ -174,17 +134,17 @@ def test_a_resumed_run_saves_the_same_bytes_as_a_straight_one(tmp_path: Path) ->
     run_ranks(_resumed_losses_and_save, config, str(tmp_path / "half"), str(tmp_path / "once"))
     run_ranks(_resumed_losses_and_save, config, str(tmp_path / "half"), str(tmp_path / "again"))
     for rank in range(2):
-        name = f"step-{WHOLE:08d}/rank-{rank:05d}-of-00002.safetensors"
+        name = f"step-{WHOLE:08d}/rank-{rank:05d}-of-00002.generation-1.safetensors"
         assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
 def test_a_flipped_byte_anywhere_is_noticed_and_the_checkpoint_before_is_used(tmp_path: Path) -> None:
     run_ranks(_two_saves, str(tmp_path))
     step_folder = tmp_path / "step-00000007"
-    blob = step_folder / "rank-00001-of-00002.safetensors"
+    blob = step_folder / "rank-00001-of-00002.generation-2.safetensors"
     pristine = {path: path.read_bytes() for path in step_folder.iterdir()}
     places = [(blob, 20), (blob, len(pristine[blob]) - 3), (blob, len(pristine[blob]) // 2)]
-    places += [(step_folder / "rank-00000-of-00002.json", 200), (step_folder / "manifest.json", 1)]
+    places += [(step_folder / "rank-00000-of-00002.generation-2.json", 200), (step_folder / "manifest.json", 1)]
     for path, position in places:
         _flip_a_byte(path, position)
         for step, damaged in run_ranks(_restore_report, str(tmp_path)):
@@ -193,41 +153,33 @@ def test_a_flipped_byte_anywhere_is_noticed_and_the_checkpoint_before_is_used(tm
         assert committed_steps(ObjectFolder(str(tmp_path))) == [HALF]
         for each, content in pristine.items():
             each.write_bytes(content)
+        for path in sorted(tmp_path.glob("generation-*"))[2:]:
+            path.unlink()  # else what is there beyond the step that these starts went on from would not count
     assert [step for step, _ in run_ranks(_restore_report, str(tmp_path))] == [7, 7]
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_never_starts_over_by_itself(tmp_path: Path) -> None:
     run_ranks(_two_saves, str(tmp_path))
     for step in (HALF, 7):
-        _flip_a_byte(tmp_path / f"step-{step:08d}" / "rank-00001-of-00002.safetensors", 20)
+        _flip_a_byte(next((tmp_path / f"step-{step:08d}").glob("rank-00001-*.safetensors")), 20)
     for _ in range(2):
         for message in run_ranks(_restore_error, str(tmp_path), "abc"):
             assert "can be loaded" in message
     assert committed_steps(ObjectFolder(str(tmp_path))) == [HALF, 7]
 
 
-@pytest.mark.parametrize("missing", ["rank-00001-of-00002.safetensors", "rank-00000-of-00002.json"])
+@pytest.mark.parametrize(
+    "missing", ["rank-00001-of-00002.generation-2.safetensors", "rank-00000-of-00002.generation-2.json"]
+)
 def test_a_lost_file_is_noticed(missing: str, tmp_path: Path) -> None:
     run_ranks(_two_saves, str(tmp_path))
     (tmp_path / "step-00000007" / missing).unlink()
     assert [step for step, _ in run_ranks(_restore_report, str(tmp_path))] == [HALF, HALF]
 
 
-def test_a_checkpoint_without_a_manifest_does_not_exist_and_is_cleared_away(tmp_path: Path) -> None:
-    run_ranks(_two_saves, str(tmp_path))
-    (tmp_path / "step-00000007" / "manifest.json").unlink()
-    assert run_ranks(_restore_report, str(tmp_path)) == [(HALF, ()), (HALF, ())]
-    folder = ObjectFolder(str(tmp_path))
-    retain(folder, CheckpointConfig())
-    assert (tmp_path / "step-00000007").exists(), "it may be under way: it is newer than what is committed"
-    (tmp_path / "step-00000007").rename(tmp_path / "step-00000003")
-    retain(folder, CheckpointConfig())
-    assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-{HALF:08d}"]
-
-
 def test_when_no_checkpoint_can_be_loaded_nothing_starts_from_scratch_unasked(tmp_path: Path) -> None:
     run_ranks(_two_saves, str(tmp_path))
-    for blob in tmp_path.glob("*/rank-00000-of-00002.safetensors"):
+    for blob in tmp_path.glob("*/rank-00000-of-00002.*.safetensors"):
         _flip_a_byte(blob, 1000)
     for message in run_ranks(_restore_error, str(tmp_path), "abc"):
         assert "another --run name" in message and "checksum" in message
@@ -237,27 +189,44 @@ def test_a_run_of_another_config_is_not_resumed(tmp_path: Path) -> None:
     run_ranks(_two_saves, str(tmp_path))
     for message in run_ranks(_restore_error, str(tmp_path), "def"):
         assert "hash abc, this one def" in message
+        assert "seed: None there, 7 here" in message and "start_from" in message
 
 
 def test_a_fresh_run_starts_at_step_zero(tmp_path: Path) -> None:
     assert run_ranks(_restore_report, str(tmp_path / "nothing")) == [(0, ()), (0, ())]
 
 
+def test_told_to_resume_with_nothing_there_is_refused(tmp_path: Path) -> None:
+    with joined(timeout_seconds=20) as world:
+        engine = toy_engine(config_of(1), world=world)
+        folder = ObjectFolder(str(tmp_path))
+        with pytest.raises(DoNotRetry, match=r"nothing to resume.*without --resume"):
+            restore(engine, folder, IDENTITY, start(engine, folder), must_exist=True)
+        engine.close()
+
+
+def test_a_byte_that_flips_on_its_way_is_read_again(tmp_path: Path) -> None:
+    folder = ObjectFolder(str(tmp_path))
+    with joined(timeout_seconds=20) as world:
+        engine = toy_engine(config_of(1), world=world)
+        save(engine, folder, 3)
+        read_range, flips = folder.read_range, iter([True, False, True, True, False])
+
+        def flipping(name: str, start: int, end: int) -> bytes:
+            content = bytearray(read_range(name, start, end))
+            content[-1] ^= next(flips, False)
+            return bytes(content)
+
+        folder.read_range = flipping  # type: ignore[method-assign]
+        restored = load(engine, folder)
+        engine.close()
+    assert restored.position.step == 3 and not restored.damaged
+    assert next(flips, None) is None, "all of them were met"
+
+
 def test_the_newest_and_every_fourth_are_kept(tmp_path: Path) -> None:
     assert run_ranks(_many_saves, str(tmp_path))[0] == [4, 8, 10]
     assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-{step:08d}" for step in (4, 8, 10)]
-
-
-def test_a_disk_that_is_full_on_one_rank_stops_all_and_says_which(tmp_path: Path) -> None:
-    first, second = run_ranks(_failure_of_save, str(tmp_path))
-    assert "Rank 1" in first and "No room" in first
-    assert second.startswith("No room")
-    assert not list(tmp_path.glob("*/manifest.json"))
-
-
-def test_two_runs_in_one_folder_notice_each_other(tmp_path: Path) -> None:
-    for message in run_ranks(_committed_twice, str(tmp_path)):
-        assert "two runs write to one folder" in message
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
@@ -274,7 +243,7 @@ def test_weights_load_without_a_process_group(stage: int, tmp_path: Path) -> Non
 def _resumed_state(stage: int, folder: str) -> None:
     engine = toy_engine(config_of(stage))
     train(engine, range(3))
-    _save(engine, ObjectFolder(f"{folder}/checkpoints"), 3)
+    save(engine, ObjectFolder(f"{folder}/checkpoints"), 3)
     if engine.world.is_first and stage < 3:
         torch.save(engine.module.state_dict(), f"{folder}/expected.pt")
     engine.close()
@@ -285,7 +254,7 @@ def _resumed_state(stage: int, folder: str) -> None:
         store = dist.FileStore(f"{folder}/rendezvous", world.size)
         dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size)
         engine = toy_engine(config_of(1))
-        restore(engine, ObjectFolder(f"{folder}/checkpoints"), config_hash="abc")
+        load(engine, ObjectFolder(f"{folder}/checkpoints"))
         if world.is_first:
             torch.save(engine.module.state_dict(), f"{folder}/expected.pt")
         engine.close()
@@ -310,30 +279,16 @@ def test_a_folder_without_checkpoints_is_an_error_that_says_so(tmp_path: Path) -
         load_weights(str(tmp_path))
 
 
-def test_saving_is_due_by_steps_or_by_time() -> None:
-    config = CheckpointConfig(every_steps=5, every_seconds=60)
-    assert due(config, 10, 1.0) and due(config, 11, 60.0) and not due(config, 11, 59.0)
-    never = CheckpointConfig(every_steps=None, every_seconds=None)
-    assert not due(never, 10, 1e9)
-
-
-def test_retention_never_deletes_the_newest() -> None:
-    assert superseded([1, 2, 3, 4], CheckpointConfig(keep_last=2)) == [1, 2]
-    assert superseded([4, 1, 3, 2], CheckpointConfig(keep_last=1, keep_every=2)) == [1, 3]
-    assert superseded([7], CheckpointConfig(keep_last=1)) == []
-
-
 def test_object_storage_holds_checkpoints_as_a_disk_does() -> None:
     folder = ObjectFolder("memory://runs/one/checkpoints")
     with joined(timeout_seconds=20) as world:
         engine = toy_engine(config_of(1), world=world)
         for step in (2, 4, 6):
             train(engine, [step - 2, step - 1])
-            _save(engine, folder, step)
-            retain(folder, CheckpointConfig(keep_last=2))
+            save(engine, folder, step, AT_ONCE.model_copy(update={"keep_last": 2}))
         expected = {name: value.clone() for name, value in engine.module.state_dict().items()}
         train(engine, [6])
-        restored = restore(engine, folder, config_hash="abc")
+        restored = load(engine, folder)
         found = engine.module.state_dict()
         engine.close()
     assert restored.position.step == 6 and committed_steps(folder) == [4, 6]

@@ -21,7 +21,7 @@ from datastore.layout import create_teacher, open_store
 from datastore.write import BlockWriter, publish
 from tests.ranks import run_ranks
 from tests.stores import sample_arrays, small_teacher, write_blocks, write_small_store
-from trainer.checkpoint import committed_steps
+from trainer.commits import committed_steps
 from trainer.config import RunConfig, read_config
 from trainer.distributed import World
 from trainer.pretrain import config_at, pretrain, run, step_seed
@@ -88,7 +88,7 @@ def test_a_run_trains_saves_exports_and_says_so(store_url: str, tmp_path: Path) 
     config = _config(store_url, checkpoint={"every_steps": 3, "keep_last": 2})
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(config.to_yaml())
-    arguments = argparse.Namespace(config=str(recipe), run=url)
+    arguments = argparse.Namespace(config=str(recipe), run=url, resume=False)
     assert run(arguments) == 0
     folder = RunFolder(url)
     assert folder.is_finished() and folder.config() == config
@@ -207,7 +207,7 @@ def test_what_is_asked_wrongly_is_found_before_anything_is_read(tmp_path: Path) 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(config.to_yaml())
     with pytest.raises(AskedWrongly, match="names no store"):
-        run(argparse.Namespace(config=str(recipe), run=str(tmp_path / "run")))
+        run(argparse.Namespace(config=str(recipe), run=str(tmp_path / "run"), resume=False))
 
 
 def test_every_rank_and_step_has_randomness_of_its_own() -> None:
