@@ -31,7 +31,13 @@ from trainer.fragments import WEIGHT, masters, scalars, tensors
 from trainer.uploader import SaveOrder, SaveReport, Share, commit_all, put_share
 
 _LOOK_SECONDS: Final = 0.2
-_MODULE: Final = "trainer.uploader"
+_PROGRAM: Final = """\
+import signal, sys
+for number in (signal.SIGINT, signal.SIGTERM):  # before the imports: the trainer hears them, too, and needs its last save
+    signal.signal(number, signal.SIG_IGN)
+from trainer.uploader import main
+main(sys.argv[1:])
+"""
 
 
 class Saved(NamedTuple):
@@ -240,7 +246,7 @@ class _Worker:
         here, there = Pipe()
         assert isinstance(here, Connection) and isinstance(there, Connection)
         self._pipe = here
-        words = [sys.executable, "-m", _MODULE, str(self.memory), str(there.fileno()), str(os.getpid())]
+        words = [sys.executable, "-c", _PROGRAM, str(self.memory), str(there.fileno()), str(os.getpid())]
         self._process = subprocess.Popen(words, pass_fds=(self.memory, there.fileno()), stdin=subprocess.DEVNULL)
         there.close()
 

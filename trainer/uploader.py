@@ -182,21 +182,15 @@ def serve(memory: int, connection: Connection) -> None:
 
 
 def main(words: Sequence[str]) -> None:
-    """Works for the process that started it: `uploader.py MEMORY PIPE PARENT`, two descriptors and a process id."""
+    """Works for the process that started it; the words are two descriptors, memory and pipe, and its process id."""
     memory, pipe, parent = map(int, words)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
     if os.getppid() != parent:
         return
-    for number in (signal.SIGINT, signal.SIGTERM):  # the trainer hears them, too, and needs its last save
-        signal.signal(number, signal.SIG_IGN)
     os.nice(_NICENESS)
     with Connection(pipe) as connection:
         try:
             serve(memory, connection)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
