@@ -84,6 +84,8 @@ class DiskCache:
         with self._counting:
             self._unseen_bytes += len(content)
             looks = self._unseen_bytes >= self._limit_bytes // _LOOKS
+            if looks:
+                self._unseen_bytes = 0  # one thread looks, and the others go on
         try:
             if looks:
                 self._look_and_write(key, memoryview(content))
@@ -118,16 +120,16 @@ class DiskCache:
             os.close(descriptor)
 
     def _look_and_write(self, key: str, content: memoryview) -> None:
-        """Makes room first; does nothing where another process or thread is at that."""
+        """Makes room first; does nothing where another process is at that."""
         descriptor = os.open(self._folder / _LOCK, os.O_CREAT | os.O_WRONLY, 0o644)
         try:
-            with suppress(BlockingIOError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                with self._counting:
-                    self._unseen_bytes = 0
-                remove_abandoned(self._folder / _DRAFTS)
-                self._evict(len(content))
-                self._write(key, content)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_abandoned(self._folder / _DRAFTS)
+            self._evict(len(content))
+            self._write(key, content)
+        except BlockingIOError:
+            with self._counting:
+                self._unseen_bytes += self._limit_bytes // _LOOKS  # the next put looks
         finally:
             os.close(descriptor)
 

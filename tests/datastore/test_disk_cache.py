@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -221,6 +222,23 @@ def test_processes_share_a_folder_and_together_stay_within_its_bound(
     assert LIMIT / 2 < highest <= LIMIT
     _put_and_get(tmp_path, 3, 0.2)
     assert caplog.records == [], "no entry is damaged"
+
+
+def test_what_a_thread_puts_while_another_makes_room_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, looking, done = DiskCache(tmp_path, 2**20), threading.Event(), threading.Event()
+
+    def evict(cache: DiskCache, num_bytes: int) -> None:
+        looking.set()
+        assert done.wait(10)
+
+    monkeypatch.setattr(DiskCache, "_evict", evict)
+    first = threading.Thread(target=cache.put, args=("first", b"1" * 100))
+    first.start()
+    assert looking.wait(10)
+    cache.put("second", b"2" * 100)
+    done.set()
+    first.join()
+    assert (cache.get("first"), cache.get("second")) == (b"1" * 100, b"2" * 100)
 
 
 def test_threads_share_a_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
