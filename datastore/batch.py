@@ -17,6 +17,7 @@ class Batch:
     ids: Int64[Tensor, " b"]  # rows of the store
     seeds: Int64[Tensor, " b"]  # a function of (run seed, epoch, id): all of a sample's randomness starts here
 
+    views_drawn: ClassVar[int | None] = None  # of each sample; None: all of them
     _unread: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
@@ -30,6 +31,16 @@ class Batch:
     def without(cls, *names: str) -> type[Self]:
         """The same batch for a setting that does not need these fields: they are not read, and stay None."""
         narrowed: type[Self] = type(cls.__name__, (cls,), {"_unread": cls._unread | set(names), "__doc__": cls.__doc__})
+        return narrowed
+
+    @classmethod
+    @lru_cache
+    def drawing(cls, num_views: int) -> type[Self]:
+        """The same batch with only so many views of each sample, in every field that has the axis v.
+
+        Which ones follows from the sample's seed: `order.drawn_views(seeds, ...)` names them.
+        """
+        narrowed: type[Self] = type(cls.__name__, (cls,), {"views_drawn": num_views, "__doc__": cls.__doc__})
         return narrowed
 
     def to(self, device: torch.device) -> Self:

@@ -18,12 +18,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Final
 
+import numpy as np
 from pydantic import BaseModel, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from datastore.buffers import Buffers
 from datastore.disk_cache import DiskCache
 from datastore.objects import ObjectFolder
-from datastore.ranges import Call, Refused, open_ranges
+from datastore.ranges import Call, Missing, Refused, open_ranges
 
 Problem = Callable[[memoryview], str | None]
 """What is wrong with fetched bytes, in words; None where nothing is."""
@@ -108,6 +109,19 @@ class Fetcher:
         self._cache.put(key, content)
         return content
 
+    def exists(self, name: str) -> bool:
+        """Whether there is such an object now, asked once. FetchFailed where there is no answer."""
+        try:
+            if self.is_local:
+                self._ranges.read(name, 0, 1, Call())
+            else:
+                self._first_answer(self._ask(name, 0, 1))
+        except Missing:
+            return False
+        except Refused as error:
+            raise FetchFailed(str(error), may_pass=error.may_pass) from error
+        return True
+
     def close(self) -> None:
         """Gives up what is under way; whoever waits for it gets a FetchFailed."""
         with self._counting:
@@ -136,7 +150,7 @@ class Fetcher:
         while True:
             asked = [bound for bound in bounds if bound not in settled]
             came = dict(zip(asked, self._read_parts(name, asked), strict=True)) | settled
-            content = memoryview(came[bounds[0]] if len(bounds) == 1 else b"".join(came[bound] for bound in bounds))
+            content = came[bounds[0]] if len(bounds) == 1 else self._joined([came[bound] for bound in bounds])
             problem = _length_problem(content, start, end) or problem_of(content)
             if problem is None:
                 return content
@@ -149,6 +163,15 @@ class Fetcher:
                     raise FetchFailed(f"it is damaged: {problem}, and comes like this each time", may_pass=False)
                 settled, earlier = {}, {bound: [] for bound in bounds}
             self._pause(trouble.came_damaged(problem))
+
+    def _joined(self, parts: list[Content]) -> Content:
+        """One after the other, in memory that is used again."""
+        whole = self.buffers.empty((sum(map(len, parts)),), np.uint8).data
+        at = 0
+        for part in parts:
+            whole[at : at + len(part)] = part
+            at += len(part)
+        return whole
 
     def _read_parts(self, name: str, bounds: list[tuple[int, int]]) -> list[Content]:
         """Some parts of an object, whether right or not."""

@@ -159,7 +159,9 @@ def from_runs(runs: Runs) -> UInt8[np.ndarray, " n"]:
 class Rows:
     """Ascending row numbers, kept as ranges: a corpus of a thousand million rows in a few splits takes no memory."""
 
-    def __init__(self, ranges: Int64[np.ndarray, "k 2"]) -> None:
+    def __init__(self, ranges: Int64[np.ndarray, "k 2"], step: int = 1) -> None:
+        self.ranges = ranges
+        self._step = step  # only each so-manyth of the ranges' rows
         self._starts = ranges[:, 0]
         self._reached = np.cumsum(ranges[:, 1] - ranges[:, 0])
 
@@ -171,14 +173,19 @@ class Rows:
         return cls(np.stack([rows[first], rows[last] + 1], axis=1) if len(rows) else np.empty((0, 2), np.int64))
 
     def __len__(self) -> int:
-        return int(self._reached[-1]) if len(self._reached) else 0
+        return -(-int(self._reached[-1]) // self._step) if len(self._reached) else 0
 
     def __getitem__(self, places: Int64[np.ndarray, " p"]) -> Int64[np.ndarray, " p"]:
         """The rows at these places in the list."""
+        places = places * self._step
         found = np.searchsorted(self._reached, places, side="right")
         before = self._reached[found - 1] * (found > 0)
         rows: Int64[np.ndarray, " p"] = self._starts[found] + places - before
         return rows
+
+    def every(self, step: int) -> "Rows":
+        """The first of these rows, and each so-manyth after it."""
+        return Rows(self.ranges, self._step * step)
 
     def all(self) -> Int64[np.ndarray, " r"]:
         """Every row, as one array."""

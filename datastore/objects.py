@@ -85,6 +85,11 @@ class ObjectFolder:
         return isinstance(self._filesystem, MemoryFileSystem)
 
     @property
+    def _in_one_request(self) -> dict[str, int]:
+        """What keeps s3fs from asking for an object's size before its content."""
+        return {"max_concurrency": 1} if "s3" in self._filesystem.protocol else {}
+
+    @property
     def local_path(self) -> Path:
         """The folder as a path; only where `is_local`."""
         assert self.is_local, f"{self.url} is not on a local disk"
@@ -93,7 +98,7 @@ class ObjectFolder:
     def read(self, name: str) -> bytes:
         """One object's content; FileNotFoundError where there is none."""
         with self._explained(name):
-            content: bytes = self._filesystem.cat_file(self._path(name))
+            content: bytes = self._filesystem.cat_file(self._path(name), **self._in_one_request)
         return content
 
     def read_range(self, name: str, start: int, end: int) -> bytes:

@@ -28,6 +28,7 @@ _UNITS: Final = 1
 _WINDOW: Final = 2
 _SAMPLE: Final = 3
 _ROUND: Final = 4
+_VIEW: Final = 5
 
 _ROUNDS: Final = 16  # with 12, a chi-square test still sees a bias in the orders of five to eight units
 _LARGEST_RANGE: Final = 2**53  # float64 roots stay exact enough for the grid, and no product leaves 64 bits
@@ -145,6 +146,12 @@ class Lanes:
 def sample_seeds(seed: int, epoch: int, ids: Integers) -> Integers:
     """One non-negative seed a sample: a function of (seed, epoch, id) and of nothing else."""
     return (keyed_hash(_SAMPLE, seed, epoch, ids) >> np.uint64(1)).astype(np.int64)
+
+
+def drawn_views(seeds: Integers, num_views: int, num_drawn: int) -> Integers:
+    """By sample seed, `num_drawn` different views out of `num_views`, in random order: [b, num_drawn]."""
+    drawn = np.arange(num_drawn, dtype=np.int64)
+    return permute(np.broadcast_to(drawn, (len(seeds), num_drawn)), num_views, keyed_hash(_VIEW, seeds)[:, None])
 
 
 def keyed_hash(*words: int | Integers) -> Words:

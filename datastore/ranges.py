@@ -41,6 +41,13 @@ class Refused(Exception):
         self.happened = time.monotonic()
 
 
+class Missing(Refused):
+    """There is no such object."""
+
+    def __init__(self) -> None:
+        super().__init__("it is missing", may_pass=False)
+
+
 class Call:
     """A read under way, which another thread may end."""
 
@@ -117,7 +124,7 @@ class _LocalRanges:
         try:
             descriptor = os.open(self._folder / name, os.O_RDONLY)
         except FileNotFoundError:
-            raise Refused("it is missing", may_pass=False) from None
+            raise Missing() from None
         except OSError as error:
             raise Refused(f"it cannot be opened: {error}", may_pass=False) from error
         try:
@@ -147,7 +154,7 @@ class _FolderRanges:
         try:
             return memoryview(self._folder.read_range(name, start, end)), time.monotonic() - began
         except FileNotFoundError:
-            raise Refused("it is missing", may_pass=False) from None
+            raise Missing() from None
         except ViewpointError as error:
             raise Refused(str(error), may_pass=False) from error
         except (OSError, TimeoutError) as error:
@@ -216,7 +223,7 @@ class _SignedRanges:
                 f"access is refused (HTTP {status}); check the credentials in the environment", may_pass=may_pass
             )
         if status == http.client.NOT_FOUND:
-            raise Refused("it is missing", may_pass=False)
+            raise Missing()
         if status == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise Refused("it is shorter than its manifest says", may_pass=False)
         raise Refused(

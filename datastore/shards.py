@@ -60,7 +60,23 @@ class ShardReader:
     @property
     def row_bytes(self) -> int:
         """Memory that one row takes."""
-        return math.prod(self._kept) * np.dtype(self.stored.stored_dtype).itemsize
+        return math.prod(self._kept) * self._item_bytes
+
+    @property
+    def _item_bytes(self) -> int:
+        return np.dtype(self.stored.stored_dtype).itemsize
+
+    @property
+    def chunk_rows(self) -> int:
+        """Neighbours that are decoded together whether asked for or not; 1 where that costs nothing."""
+        chunk_bytes = self.stored.chunk_rows * math.prod(self.stored.stored_row_shape) * self._item_bytes
+        return self.stored.chunk_rows if chunk_bytes > _SMALL_CHUNK_BYTES else 1
+
+    @property
+    def encoded_row_bytes(self) -> float:
+        """What a row takes as it lies, about: as in the first shard that is there."""
+        size = next(filter(None, self._sums.sizes), 0)
+        return size / min(self.stored.shard_rows, self.stored.num_rows)
 
     def read(self, rows: Int64[np.ndarray, " r"]) -> Shaped[np.ndarray, "r ..."]:
         """The given rows, ascending, as they lie in the store.

@@ -4,20 +4,22 @@ Global batch k of an epoch holds the samples that `order.py` puts there, for any
 of it, and cuts that into micro-batches. Every place in a batch belongs to a lane of the order, so a rank reads only the
 lanes of its share, and all ranks together read each sample about once an epoch.
 
-What is read, held and dropped as one is a unit: some dozens of neighbouring samples, in all the fields that the batch
+What is read, held and dropped as one is a unit: some megabytes of neighbouring samples, in all the fields that the batch
 asks for. Random single rows over a network reach a hundredth of its rate, whole shards would be mostly other ranks'. A
 plan of the coming micro-batches says which units are needed next; threads fetch and decode them as far ahead as the
 bound on memory allows, and one more thread gathers rows into tensors, a few batches ahead of the consumer.
 """
 
 import logging
+import math
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Generic, NamedTuple, Self, TypeVar
@@ -30,14 +32,22 @@ from pydantic import BaseModel, PositiveFloat, PositiveInt
 from datastore.batch import Batch
 from datastore.buffers import Buffers
 from datastore.disk_cache import DiskCache
-from datastore.errors import AskedWrongly, StoreError
-from datastore.fetch import FetchConfig, Fetcher
-from datastore.layout import CorpusFacts, Rows, Store, open_store
-from datastore.order import Lanes, Order, Remainder, sample_seeds, say_worlds
+from datastore.errors import AskedWrongly, StoreError, ViewpointError
+from datastore.fetch import FetchConfig, Fetcher, FetchFailed
+from datastore.layout import CorpusFacts, Rows, Store, manifest_name, newest_manifest, open_store
+from datastore.order import Lanes, Order, Remainder, drawn_views, sample_seeds, say_worlds
 from datastore.schema import FIELDS
 from datastore.shards import ShardReader
 
-_READER_THREADS: Final = 8  # they wait for bytes, and decode them
+# Threads that wait for bytes and decode them. Of a disk's many would only get into each other's way; those of a server
+# wait for its latency, and its requests are bounded by themselves (data.fetch).
+_LOCAL_READERS: Final = 4
+_REMOTE_READERS: Final = 24
+_BATCHES_BESIDE: Final = 2  # those that are ready: one is being gathered, and one is the consumer's
+_UNIT_BYTES: Final = 4 * 2**20
+_LARGEST_UNIT_BYTES: Final = 64 * 2**20
+_MOST_UNIT_SAMPLES: Final = 256
+_LABELS_AT_ONCE: Final = 2**18
 _PLANNED_PLACES: Final = 4096  # looked up in the order at a time: numpy's cost of a call is then 1/4096 a sample
 _GIB: Final = 2**30
 
@@ -58,10 +68,11 @@ class StreamConfig(BaseModel, extra="forbid", frozen=True):
     # the reading; each holds a window of its own in memory.
     lanes: PositiveInt = 16
     window_units: PositiveInt = 1  # units that a lane shuffles over
-    unit_samples: PositiveInt = 64  # neighbouring samples that are read as one
+    # Neighbouring samples that are read as one; the order depends on it. None: as many as `unit_samples_of` says.
+    unit_samples: PositiveInt | None = None
     remainder: Remainder = "drop"  # what an epoch has left after its last whole batch, or "pad"
-    prefetch_batches: PositiveInt = 4  # micro-batches ready ahead of the consumer
-    memory_gib: PositiveFloat = 4.0  # decoded units that a process holds at most
+    prefetch_batches: PositiveInt = 4  # micro-batches ready ahead of the consumer, if there is memory for them
+    memory_gib: PositiveFloat = 4.0  # a process holds at most so much: decoded, being read, and in batches
     fetch: FetchConfig = FetchConfig()
     # A folder on this node's disk that keeps what was read from a remote store; its processes share it. None: nothing is
     # kept, as the pages of a local store already are by the system.
@@ -93,18 +104,39 @@ def open_stream(
     shares = _Shares(global_batch, micro_batch, rank, world_size)
     shares.check(start)
     store = open_store(config.store_url)
-    rows = _chosen_rows(store, config)
-    if global_batch > len(rows):
-        raise AskedWrongly(
-            f"A global batch of {global_batch} is more than the {len(rows)} shapes in {_say_choice(config)} of "
-            f"{store.url}. Lower global_batch."
-        )
-    order = Order(len(rows), config.unit_samples, config.window_units, seed)
-    lanes = Lanes(len(rows), global_batch, config.lanes, config.remainder)
     fetcher = Fetcher(store.folder, config.fetch, _cache(store, config), Buffers(int(config.memory_gib * _GIB)))
-    samples = _Samples(rows, _readers(store, fetcher, config, batch_type, teacher), order)
-    _check_memory(samples, shares, lanes, config)
-    return Stream(store, fetcher, config, batch_type, samples, shares, lanes, seed, start, pin_memory)
+    with ExitStack() as on_error:
+        on_error.callback(fetcher.close)
+        rows = _chosen_rows(store, config, fetcher)
+        if global_batch > len(rows):
+            raise AskedWrongly(
+                f"A global batch of {global_batch} is more than the {len(rows)} shapes in {_say_choice(config)} of "
+                f"{store.url}. Lower global_batch."
+            )
+        readers = _readers(store, fetcher, config, batch_type, teacher)
+        order = Order(len(rows), config.unit_samples or unit_samples_of(readers.values()), config.window_units, seed)
+        lanes = Lanes(len(rows), global_batch, config.lanes, config.remainder)
+        samples = _Samples(rows, readers, order)
+        num_readers = _LOCAL_READERS if fetcher.is_local else _REMOTE_READERS
+        memory = _Memory.of(samples, shares, lanes, config, _batch_row_bytes(readers.values(), batch_type), num_readers)
+        stream = Stream(store, fetcher, batch_type, samples, shares, lanes, memory, seed, start, pin_memory)
+        on_error.pop_all()
+    return stream
+
+
+def unit_samples_of(readers: Iterable[ShardReader]) -> int:
+    """How many neighbouring samples are read as one: a power of two that makes about 4 MiB of these fields.
+
+    The order of a run depends on it, so it follows from nothing but the layout of the fields that the batch asks for: it is
+    the same on any world, whatever is written to the store later.
+    """
+    readers = list(readers)
+    row_bytes = max(1, sum(reader.row_bytes for reader in readers))
+    wanted = 1 << max(0, round(math.log2(_UNIT_BYTES / row_bytes)))
+    # Rows of a split need not begin where a chunk does: units of one chunk would decode two each.
+    chunk_rows = max((reader.chunk_rows for reader in readers), default=1)
+    least = 2 * chunk_rows if 2 * chunk_rows * row_bytes <= _LARGEST_UNIT_BYTES else chunk_rows
+    return max(least, min(wanted, _MOST_UNIT_SAMPLES))
 
 
 class Stream(Generic[BatchT]):
@@ -114,11 +146,11 @@ class Stream(Generic[BatchT]):
         self,
         store: Store,
         fetcher: Fetcher,
-        config: StreamConfig,
         batch_type: type[BatchT],
         samples: "_Samples",
         shares: "_Shares",
         lanes: Lanes,
+        memory: "_Memory",
         seed: int,
         start: int,
         pin_memory: bool,
@@ -133,12 +165,11 @@ class Stream(Generic[BatchT]):
         self._samples = samples
         self._shares = shares
         self._seed = seed
+        self._epoch = start // shares.global_batch // lanes.num_batches
         self._pin_memory = pin_memory
-        self._prefetch_batches = config.prefetch_batches
+        self._prefetch_batches = memory.batches_ahead
         plans = _plans(samples.order, lanes, shares, first_step=start // shares.global_batch)
-        self._units = _UnitMemory(
-            samples, int(config.memory_gib * _GIB), plans, _plans_of_a_window(samples.order, shares, lanes)
-        )
+        self._units = _UnitMemory(samples, memory, plans, _plans_of_a_window(samples.order, shares, lanes))
         # one thread, so that batches are finished in order and `_units` has one user
         self._assembler = ThreadPoolExecutor(1, thread_name_prefix="stream-batches")
         self._ahead: deque[Future[BatchT]] = deque()
@@ -168,6 +199,14 @@ class Stream(Generic[BatchT]):
     def resident_bytes(self) -> int:
         """Memory that decoded units take now; those that are on their way count."""
         return self._units.resident_bytes
+
+    def newer_manifest(self) -> int | None:
+        """The number of the store's newest manifest, if it is newer than the one that this stream goes on with.
+
+        A stream sees the manifest that it opened, whatever is written meanwhile; opening another one sees the newer.
+        """
+        newest = newest_manifest(self.store.folder).number
+        return newest if newest > self.store.manifest.number else None
 
     def steps(self, count: int) -> Iterator[list[BatchT]]:
         """This rank's micro-batches of each of the next `count` optimizer steps."""
@@ -210,21 +249,59 @@ class Stream(Generic[BatchT]):
     def _assemble(self) -> BatchT:
         """The next micro-batch."""
         plan = self._units.enter_next_plan()
-        fields = {name: self._gather(name, plan.samples) for name in self._samples.readers}
+        if plan.epoch != self._epoch and self._shares.rank == 0:
+            self._units.also(self._say_whether_the_store_has_grown)
+        self._epoch = plan.epoch
         ids = self._samples.rows[plan.samples]
         seeds = sample_seeds(self._seed, plan.epoch, ids)
+        fields = {name: self._gather(name, plan.samples, seeds) for name in self._samples.readers}
         return self._batch_type(ids=torch.from_numpy(ids), seeds=torch.from_numpy(seeds), **fields)
 
-    def _gather(self, name: str, samples: Int64[np.ndarray, " m"]) -> torch.Tensor:
+    def _say_whether_the_store_has_grown(self) -> None:
+        """Once an epoch. Manifests are numbered without gaps, so one question tells."""
+        opened = self.store.manifest.number
+        try:
+            has_grown = self._fetcher.exists(manifest_name(opened + 1))
+        except (FetchFailed, ViewpointError) as error:  # it is no part of the run
+            _logger.info("%s: whether it has grown could not be asked (%s)", self.store.url, error)
+            return
+        if has_grown:
+            _logger.warning(
+                "%s has grown since this run opened it (manifest %d). The run goes on with the %d samples that it "
+                "opened; one that is started now sees more.", self.store.url, opened, self.num_samples,
+            )  # fmt: skip
+
+    def _gather(self, name: str, samples: Int64[np.ndarray, " m"], seeds: Int64[np.ndarray, " m"]) -> torch.Tensor:
         """One field of a micro-batch."""
+        reader, num_drawn = self._samples.readers[name], self._batch_type.views_drawn
+        if num_drawn is None or "v" not in reader.stored.field.axes:
+            return self._gather_rows(name, samples, reader.row_shape, None)
+        axis = reader.stored.field.axes.index("v")
+        views = drawn_views(seeds, self.corpus.num_views, num_drawn)
+        if axis == 0:
+            return self._gather_rows(name, samples, (num_drawn, *reader.row_shape[1:]), views)
+        # rows whose views are not one after the other, bit-packed or small
+        whole = self._gather_rows(name, samples, reader.row_shape, None)
+        index = torch.from_numpy(views).view(len(samples), *[1] * axis, num_drawn, *[1] * (whole.ndim - axis - 2))
+        drawn = whole.take_along_dim(index, dim=axis + 1)
+        return drawn.pin_memory() if self._pin_memory else drawn
+
+    def _gather_rows(
+        self,
+        name: str,
+        samples: Int64[np.ndarray, " m"],
+        row_shape: tuple[int, ...],
+        views: Int64[np.ndarray, "m k"] | None,
+    ) -> torch.Tensor:
+        """Rows of a field, or some views of each."""
         stored = self._samples.readers[name].stored
-        shape = (len(samples), *self._samples.readers[name].row_shape)
+        shape = (len(samples), *row_shape)
         if self._pin_memory and not stored.field.bit_packed:
             dtype = torch.from_numpy(np.empty(0, stored.stored_dtype)).dtype
             gathered = torch.empty(shape, dtype=dtype, pin_memory=True)  # torch uses such memory again, too
         else:
             gathered = torch.from_numpy(self._fetcher.buffers.empty(shape, stored.stored_dtype))
-        self._units.gather(name, samples, gathered.numpy())
+        self._units.gather(name, samples, gathered.numpy(), views)
         if not stored.field.bit_packed:
             return gathered
         unpacked = torch.from_numpy(stored.decode(gathered.numpy()))
@@ -323,6 +400,12 @@ class _Samples:
         """Memory that one sample takes."""
         return sum(reader.row_bytes for reader in self.readers.values())
 
+    def bytes_while_read(self, reader: ShardReader) -> int:
+        """Memory that a unit of one field takes until it is decoded, about: whole chunks, and rows in between."""
+        first, last = self.rows[np.array([0, len(self.rows) - 1], dtype=np.int64)]
+        rows = self.order.unit_samples * int(last - first + 1) / len(self.rows) + reader.chunk_rows
+        return math.ceil(rows * reader.encoded_row_bytes) + reader.chunk_rows * reader.row_bytes
+
     def read(self, field: str, unit: int) -> np.ndarray:
         """One field of a unit."""
         return self.readers[field].read(self.rows[np.arange(*self.span(unit), dtype=np.int64)])
@@ -347,11 +430,11 @@ class _Held:
 class _UnitMemory:
     """Decoded units within a bound: those of the micro-batch entered last, then those that coming ones need, in order."""
 
-    def __init__(self, samples: _Samples, limit_bytes: int, plans: Iterator[_Plan], plans_ahead: int) -> None:
+    def __init__(self, samples: _Samples, memory: "_Memory", plans: Iterator[_Plan], plans_ahead: int) -> None:
         self.resident_bytes = 0
         self.units_read = 0
         self._samples = samples
-        self._limit_bytes = limit_bytes
+        self._limit_bytes = memory.units_bytes
         self._plans = plans
         self._plans_ahead = plans_ahead
         self._coming: deque[_Plan] = deque()
@@ -359,7 +442,7 @@ class _UnitMemory:
         self._to_load: deque[int] = deque()  # units, in the order in which they are needed
         self._entered: _Plan | None = None
         self._held: OrderedDict[int, _Held] = OrderedDict()  # what was used longest ago comes first
-        self._pool = ThreadPoolExecutor(_READER_THREADS, thread_name_prefix="stream-units")
+        self._pool = ThreadPoolExecutor(memory.num_readers, thread_name_prefix="stream-units")
 
     def enter_next_plan(self) -> _Plan:
         """The next micro-batch; its units are on their way, and so are as many of those after it as there is room for."""
@@ -381,13 +464,31 @@ class _UnitMemory:
             self._to_load.popleft()
         return self._entered
 
-    def gather(self, field: str, samples: Int64[np.ndarray, " m"], target: np.ndarray) -> None:
-        """Copies samples of the micro-batch entered last to `target`; waits for those that are on their way."""
+    def gather(
+        self,
+        field: str,
+        samples: Int64[np.ndarray, " m"],
+        target: np.ndarray,
+        views: Int64[np.ndarray, "m k"] | None = None,
+    ) -> None:
+        """Copies samples of the micro-batch entered last to `target`; waits for those that are on their way.
+
+        `views`: only these places of each sample's first axis.
+        """
         units = samples // self._samples.order.unit_samples
-        for unit in np.unique(units):
-            held = self._held[int(unit)]
-            here = np.flatnonzero(units == unit)
-            target[here] = held.fields[field].result()[samples[here] - held.first_sample]
+        # samples of one lane are neighbours in a batch, and mostly of one unit
+        bounds = [0, *(np.flatnonzero(np.diff(units)) + 1).tolist(), len(units)]
+        for start, end in pairwise(bounds):
+            held = self._held[int(units[start])]
+            content, rows = held.fields[field].result(), samples[start:end] - held.first_sample
+            if views is not None:
+                target[start:end] = content[rows[:, None], views[start:end]]
+            else:  # with another mode numpy would copy twice
+                np.take(content, rows, axis=0, out=target[start:end], mode="clip")
+
+    def also(self, task: Callable[[], None]) -> None:
+        """Runs it on a thread that reads."""
+        self._pool.submit(task)
 
     def cancel(self) -> None:
         """Gives up reads that have not begun; whoever waits for one gets a CancelledError."""
@@ -432,7 +533,57 @@ class _UnitMemory:
         return self.resident_bytes + num_bytes <= self._limit_bytes
 
 
-def _chosen_rows(store: Store, config: StreamConfig) -> Rows:
+def _batch_row_bytes(readers: Iterable[ShardReader], batch_type: type[Batch]) -> int:
+    """Memory that a sample takes in a batch."""
+    found = 0
+    for reader in readers:
+        shape = reader.row_shape
+        if batch_type.views_drawn is not None and reader.stored.field.axes[:1] == ("v",):
+            shape = (batch_type.views_drawn, *shape[1:])
+        packed = 8 if reader.stored.field.bit_packed else 1
+        found += math.prod(shape) * packed * np.dtype(reader.stored.stored_dtype).itemsize
+    return found
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """How the bound on memory is shared out."""
+
+    units_bytes: int  # decoded units
+    num_readers: int  # each holds what it fetched until it is decoded
+    batches_ahead: int
+
+    @classmethod
+    def of(
+        cls, samples: _Samples, shares: _Shares, lanes: Lanes, config: StreamConfig, row_bytes: int, num_readers: int
+    ) -> "_Memory":
+        """Room for the units that a micro-batch may need at once; the rest in thirds, for what is being read, for batches
+        and for more units. Refuses windows that do not fit: their units would be read again and again.
+
+        `row_bytes`: of a sample in a batch.
+        """
+        order, whole = samples.order, int(config.memory_gib * _GIB)
+        num_lanes = len(np.unique(lanes.lane_of(shares.offsets)))
+        # a micro-batch may cross from one window to the next in every lane
+        num_units = min(2 * num_lanes * order.largest_window, order.num_units)
+        units = num_units * order.unit_samples * samples.row_bytes
+        batch = shares.micro_batch * row_bytes
+        reading = max((samples.bytes_while_read(reader) for reader in samples.readers.values()), default=0)
+        needed = units + (_BATCHES_BESIDE + 1) * batch + reading
+        if needed > whole:
+            raise AskedWrongly(
+                f"{num_lanes} lanes with windows of {order.largest_window} units of {order.unit_samples} samples take up "
+                f"to {needed / _GIB:.3g} GiB of memory ({', '.join(samples.readers)}), batches of {shares.micro_batch} "
+                f"included, and data.memory_gib allows {config.memory_gib:g}. Raise data.memory_gib, or lower data.lanes, "
+                f"data.window_units, data.unit_samples or data.num_points."
+            )
+        third = (whole - units) // 3
+        ahead = max(1, min(config.prefetch_batches, third // max(1, batch) - _BATCHES_BESIDE))
+        readers = max(1, min(num_readers, third // max(1, reading)))
+        return cls(whole - (ahead + _BATCHES_BESIDE) * batch - readers * reading, readers, ahead)
+
+
+def _chosen_rows(store: Store, config: StreamConfig, fetcher: Fetcher) -> Rows:
     """The rows that a run reads."""
     chosen = store.row_ranges(config.split)
     if config.classes is not None:
@@ -441,16 +592,24 @@ def _chosen_rows(store: Store, config: StreamConfig) -> Rows:
                 f"{store.url} has no class {', '.join(unknown)} (data.classes). It has {', '.join(store.class_names)}."
             )
         labels = [store.class_names.index(name) for name in config.classes]
-        rows = chosen.all()
-        chosen = Rows.of(rows[np.isin(store.read("label", rows), labels)])
+        chosen = _rows_labelled(chosen, labels, ShardReader(store, store.field("label"), fetcher))
     if config.every > 1:
-        chosen = Rows.of(chosen[np.arange(0, len(chosen), config.every, dtype=np.int64)])
+        chosen = chosen.every(config.every)
     if not len(chosen):
         raise StoreError(
             f"{store.url} has no complete shape in {_say_choice(config)}. Choose another with data.split "
             f"({', '.join(store.splits)}), or let `viewpoint ingest` finish."
         )
     return chosen
+
+
+def _rows_labelled(rows: Rows, labels: list[int], reader: ShardReader) -> Rows:
+    """Those of the rows whose label is one of these. Every label is read; runs of rows are kept."""
+    found = []
+    for first in range(0, len(rows), _LABELS_AT_ONCE):
+        part = rows[np.arange(first, min(first + _LABELS_AT_ONCE, len(rows)), dtype=np.int64)]
+        found.append(Rows.of(part[np.isin(reader.read(part), labels)]).ranges)
+    return Rows(np.concatenate(found) if found else np.empty((0, 2), np.int64))
 
 
 def _say_choice(config: StreamConfig) -> str:
@@ -480,6 +639,12 @@ def _readers(
             f"data.num_points is {config.num_points}, but {store.url} holds {points_stored} points of each shape. "
             f"Lower it, or ingest the source again with more points."
         )
+    num_views, num_drawn = store.attributes.num_views, batch_type.views_drawn
+    if num_drawn is not None and not 0 < num_drawn <= num_views:
+        raise AskedWrongly(
+            f"{batch_type.__name__} draws {num_drawn} views of each shape, and {store.url} has {num_views}. Draw fewer, or "
+            f"ingest the source again with a rig of more views."
+        )
     readers: dict[str, ShardReader] = {}
     for name in batch_type.store_fields():
         path = name
@@ -490,19 +655,12 @@ def _readers(
         stored = store.field(path)
         if stored.field.dtype == "string":
             raise ValueError(f"{batch_type.__name__} reads {name!r}, which is text: no tensor holds it")
+        if (
+            num_drawn is not None
+            and dict(zip(stored.field.axes, stored.row_shape, strict=True)).get("v", num_views) != num_views
+        ):
+            raise ValueError(
+                f"{path} has {stored.row_shape} of axes {stored.field.axes}, and the store has {num_views} views"
+            )
         readers[name] = ShardReader(store, stored, fetcher, config.num_points)
     return readers
-
-
-def _check_memory(samples: _Samples, shares: _Shares, lanes: Lanes, config: StreamConfig) -> None:
-    """Refuses windows that do not fit: their units would be read again and again."""
-    num_lanes = len(np.unique(lanes.lane_of(shares.offsets)))
-    # a micro-batch may cross from one window to the next in every lane
-    num_units = min(2 * num_lanes * samples.order.largest_window, samples.order.num_units)
-    needed_gib = num_units * config.unit_samples * samples.row_bytes / _GIB
-    if needed_gib > config.memory_gib:
-        raise AskedWrongly(
-            f"{num_lanes} lanes with windows of {samples.order.largest_window} units of {config.unit_samples} samples "
-            f"take up to {needed_gib:.3g} GiB of memory ({', '.join(samples.readers)}), and data.memory_gib allows "
-            f"{config.memory_gib:g}. Raise data.memory_gib, or lower data.lanes, data.window_units or data.num_points."
-        )

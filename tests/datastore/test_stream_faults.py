@@ -79,7 +79,7 @@ def stores(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Stores:
 
 def stream_of(url: str, **changes: Any) -> Stream[WholeBatch]:
     """A stream whose units are read again in every epoch: memory holds few of them."""
-    settings = {"store_url": url, "unit_samples": 16, "lanes": 4, "memory_gib": 3.5e-4, "fetch": FETCH} | changes
+    settings = {"store_url": url, "unit_samples": 16, "lanes": 2, "memory_gib": 6e-4, "fetch": FETCH} | changes
     return open_stream(
         StreamConfig(**settings),
         WholeBatch,
