@@ -9,14 +9,14 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
 import torch
-from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from datastore.batch import Batch
@@ -29,6 +29,9 @@ Terms = dict[str, Tensor]
 
 _LARGEST_REDUCE_BUCKET: Final = 50_000_000  # elements; deepspeed's default sets 2 GB aside on a GPU
 _NEVER: Final = 2**62
+VECTORS: Final = "vectors"
+"""The rule of `no_decay` for parameters with one axis."""
+
 _NO_COMPILER: Final = "TORCHDYNAMO_DISABLE"
 
 
@@ -38,23 +41,33 @@ class OptimizerConfig(BaseModel, extra="forbid", frozen=True):
     kind: Literal["sgd", "adam", "adamw"] = "adamw"  # adam: weight decay is added to the gradient; adamw: decoupled
     lr: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.0
+    # Which parameters do not decay: "vectors" (those with one axis, biases among them) and parts of names, as "token"
+    no_decay: tuple[str, ...] = ()
     momentum: float = Field(default=0.9, ge=0, lt=1)  # sgd
     betas: tuple[float, float] = (0.9, 0.999)  # adam, adamw
     eps: PositiveFloat = 1e-8  # adam, adamw
 
-    def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer for these parameters."""
+    def decays(self, name: str, num_axes: int) -> bool:
+        """Whether weight decay is for the parameter of this name."""
+        return not any(num_axes <= 1 if rule == VECTORS else rule in name for rule in self.no_decay)
+
+    def groups(self, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+        """The parameters by what decays and what does not, as torch's optimizers take them; no group is empty."""
+        decaying = [each for name, each in parameters.items() if self.decays(name, each.dim())]
+        others = [each for name, each in parameters.items() if not self.decays(name, each.dim())]
+        groups = [{"params": decaying, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]
+
+    def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer for these parameters by name."""
+        groups = self.groups(parameters)
         match self.kind:
             case "sgd":
-                return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+                return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
             case "adam":
-                return torch.optim.Adam(
-                    parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
-                )
+                return torch.optim.Adam(groups, lr=self.lr, betas=self.betas, eps=self.eps)
             case "adamw":
-                return torch.optim.AdamW(
-                    parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
-                )
+                return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
 
 
 class EngineConfig(BaseModel, extra="forbid", frozen=True):
@@ -66,7 +79,17 @@ class EngineConfig(BaseModel, extra="forbid", frozen=True):
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 on GPUs that have it, float32 elsewhere
     max_micro_batch: PositiveInt = 32  # of one process; what is left of the global batch is accumulated
+    # What lies in host memory instead of the GPU's: the optimizer's state with the master weights, which are updated there
+    # by torch's own optimizers (stages 1 to 3), and the weights, too (stage 3). On a CPU it changes nothing but costs copies
+    offload: Literal["none", "optimizer", "all"] = "none"
     collective_timeout_seconds: PositiveFloat = 120.0  # gloo's own 30 minutes would hide a dead rank
+
+    @model_validator(mode="after")
+    def _stage_can_offload(self) -> Self:
+        least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(f"offload {self.offload!r} needs zero_stage {least} or more, not {self.zero_stage}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -152,7 +175,7 @@ def build_engine(objective: nn.Module, config: EngineConfig, world: World, split
         # Without its cache at stage 3, where cached casts would keep the whole model on every rank.
         cast = torch.autocast(device, torch.bfloat16, cache_enabled=config.zero_stage < 3)
         objective.forward = cast(objective.forward)
-    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    parameters = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
     for name, parameter in objective.named_parameters():
         if parameter.dim() == 0:
             raise ValueError(f"parameter {name} has no axes, which deepspeed cannot send: give it the shape [1]")
@@ -161,7 +184,7 @@ def build_engine(objective: nn.Module, config: EngineConfig, world: World, split
     with _quiet():
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         engine, *_ = deepspeed.initialize(
-            model=objective, optimizer=optimizer, config=_deepspeed_config(config, parameters, split)
+            model=objective, optimizer=optimizer, config=_deepspeed_config(config, list(parameters.values()), split)
         )
     return Engine(engine, objective, optimizer, world, config.zero_stage)
 
@@ -179,15 +202,19 @@ def runs_in_bf16(config: EngineConfig, device: str) -> bool:
 def _deepspeed_config(config: EngineConfig, parameters: list[nn.Parameter], split: BatchSplit) -> dict[str, Any]:
     largest = max((parameter.numel() for parameter in parameters), default=1)
     total = sum(parameter.numel() for parameter in parameters)
+    host_memory = {"device": "cpu", "pin_memory": uses_gpu()}
     return {
         "train_micro_batch_size_per_gpu": split.micro_batch,
         "gradient_accumulation_steps": split.accumulation,
         "gradient_clipping": config.clip_grad_norm or 0.0,
         "zero_allow_untested_optimizer": True,  # SGD is: tests/trainer/test_engine.py compares it with plain torch
         "steps_per_print": _NEVER,
+        "zero_force_ds_cpu_optimizer": False,  # its optimizer for offloaded state would be compiled at start
         "zero_optimization": {
             "stage": config.zero_stage,
             "reduce_bucket_size": max(largest, min(total, _LARGEST_REDUCE_BUCKET)),
+            **({"offload_optimizer": host_memory} if config.offload != "none" else {}),
+            **({"offload_param": host_memory} if config.offload == "all" else {}),
         },
     }
 

@@ -2,16 +2,21 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from datastore.errors import AskedWrongly
+from datastore.objects import ObjectFolder
 from tests.ranks import run_ranks
+from tests.trainer.savers import load, save
 from tests.trainer.toy import GLOBAL_BATCH, config_of, plain_losses, toy_engine, train
 from trainer.distributed import joined
 from trainer.engine import EngineConfig, OptimizerConfig, build_engine, split_batch
 from trainer.fragments import check_layout, masters
+
+_SHAPES = {"student.block.weight": (4, 4), "student.block.bias": (4,), "student.mask_token": (1, 1, 4), "scale": (1,)}
 
 
 def _training(stage: int, kind: str) -> tuple[list[float], float, float]:
@@ -39,6 +44,49 @@ def test_every_zero_stage_follows_plain_torch(kind: str) -> None:
         assert moved <= 0.05 * 0.011, "clipping bounds the update"
         norms.append(norm)
     torch.testing.assert_close(norms, [norms[0]] * 4, rtol=1e-5, atol=0)
+
+
+def _training_in_groups(config: EngineConfig, url: str) -> list[float]:
+    engine = toy_engine(config)
+    check_layout(engine)
+    assert len(engine.optimizer.param_groups) == 2
+    losses = train(engine, range(2))
+    save(engine, ObjectFolder(url), 2)
+    straight = train(engine, range(2, 4))
+    check_layout(engine)
+    losses += straight
+    assert load(engine, ObjectFolder(url)).position.step == 2
+    resumed = train(engine, range(2, 4))
+    engine.close()
+    assert resumed == straight
+    return losses
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(0, "none"), (1, "none"), (2, "optimizer"), (3, "none"), (3, "all")])
+def test_parameters_without_weight_decay_and_offloaded_ones_follow_plain_torch_and_resume(
+    stage: int, offload: str, tmp_path: Path
+) -> None:
+    optimizer = {"kind": "adamw", "lr": 0.05, "weight_decay": 0.5, "no_decay": ("vectors", "second")}
+    config = config_of(stage, optimizer=optimizer, offload=offload)
+    plain = plain_losses(config.optimizer, 4)
+    assert plain != plain_losses(config.optimizer.model_copy(update={"no_decay": ()}), 4)
+    first, second = run_ranks(_training_in_groups, config, str(tmp_path))
+    torch.testing.assert_close([a + b for a, b in zip(first, second, strict=True)], plain, rtol=2e-6, atol=0)
+
+
+def test_what_decays_follows_from_axes_and_names() -> None:
+    config = OptimizerConfig(weight_decay=0.05, no_decay=("vectors", "token"))
+    parameters = {name: torch.nn.Parameter(torch.zeros(*shape)) for name, shape in _SHAPES.items()}
+    decaying, others = config.groups(parameters)
+    assert [decaying["weight_decay"], others["weight_decay"]] == [0.05, 0.0]
+    assert [len(decaying["params"]), len(others["params"])] == [1, 3]
+    assert decaying["params"][0] is parameters["student.block.weight"]
+    assert [len(group["params"]) for group in OptimizerConfig().groups(parameters)] == [4]
+
+
+def test_a_stage_that_cannot_offload_is_refused() -> None:
+    with pytest.raises(ValueError, match="offload 'all' needs zero_stage 3 or more, not 1"):
+        EngineConfig(offload="all")
 
 
 def test_one_process_needs_no_launcher() -> None:

@@ -81,7 +81,7 @@ def plain_losses(optimizer: OptimizerConfig, steps: int) -> list[float]:
     """The same training in plain torch, with the whole global batch accumulated in one process."""
     torch.manual_seed(0)
     toy = Toy()
-    torch_optimizer = optimizer.build([each for each in toy.parameters() if each.requires_grad])
+    torch_optimizer = optimizer.build({name: each for name, each in toy.named_parameters() if each.requires_grad})
     losses = []
     for step in range(steps):
         batches = micro_batches(step, World())
