@@ -167,15 +167,18 @@ def pretrain(
                 raise DoNotRetry(problem)
             figures.add({"loss": sum(agreed.terms.values()), **agreed.terms})
             report.step(position, agreed.terms, lr, engine.grad_norm)
+            HEART.beat(position.step)
 
             ends_here = agreed.stop or agreed.unreadable or coming is None
             if agreed.save or ends_here:
                 account.enter("checkpoint")
+                HEART.enter("checkpoint")
                 position, saved_at = position.with_totals(account.seconds), time.monotonic()
                 report.saved(saver.begin(position, figures.take()))
                 if ends_here:
                     report.saved(saver.finish())
                 account.enter("other")
+                HEART.beat(position.step)
             if agreed.unreadable:
                 report.unreadable(position)
                 raise_unreadable(coming, world)
@@ -185,6 +188,7 @@ def pretrain(
                     f"Stopped at step {position.step:,} of {total_steps:,}; everything is saved in {folder.url}. "
                     f"The same command goes on from here."
                 )
+        HEART.enter("finishing")
         report.finished(position)
 
 
