@@ -59,6 +59,19 @@ def test_chamfer_is_zero_for_the_same_points_in_any_order_and_only_then() -> Non
     assert there.sum() > 0 and back.sum() > 0 and (there >= 0).all() and (back >= 0).all()
 
 
+def test_distances_do_not_change_when_both_clouds_move_and_grow_with_them() -> None:
+    a, b = (
+        torch.randint(-50, 50, (2, 60, 3), generator=torch.Generator().manual_seed(seed)).float() for seed in (1, 2)
+    )
+    there, back = chamfer_distance(a, b)
+    matched = matched_distance(a, b, match_by_auction(a, b, epsilon=0.5))
+    for one, other, factor in ((a + 64, b + 64, 1), (8 * a, 8 * b, 8)):
+        for found, expected in zip(chamfer_distance(one, other), (there, back), strict=True):
+            assert torch.equal(found, factor**2 * expected)
+        again = matched_distance(one, other, match_by_auction(one, other, epsilon=0.5 * factor))
+        torch.testing.assert_close(again, factor * matched)
+
+
 def test_roots_of_chamfer_distances_have_finite_gradients_where_points_coincide() -> None:
     a = random(2, 20, 3).requires_grad_()
     there, back = chamfer_distance(a, a.detach().clone(), squared=False)

@@ -127,6 +127,15 @@ def test_permuted_points_give_permuted_neighbours() -> None:
     assert torch.equal(order[permuted.indices], found.indices)
 
 
+def test_neither_moving_nor_enlarging_a_cloud_changes_who_is_near() -> None:
+    points = torch.randint(-50, 50, (2, 100, 3), generator=torch.Generator().manual_seed(3)).float()
+    found, within = nearest_neighbours(points, points, 8), ball_query(points, points, 20.0, 8)
+    for changed, factor in ((points + 64, 1), (points * 8, 8)):
+        again = nearest_neighbours(changed, changed, 8)
+        assert_same(again, (found.indices, factor**2 * found.squared_distances))
+        assert torch.equal(ball_query(changed, changed, 20.0 * factor, 8), within)
+
+
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("name", CLOUDS)
 def test_points_within_a_radius_are_the_oracles(tier: tiers.Setting, name: str) -> None:

@@ -141,3 +141,18 @@ def test_importing_an_operation_imports_neither_scipy_nor_triton() -> None:
         "assert not {'scipy', 'triton', 'sklearn'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_importing_models_takes_less_than_three_seconds() -> None:
+    """Of a processor, and the shortest of a few: other work on the machine does not count. Nearly all of it is torch's."""
+    program = "import time, models; models.build_student; print(time.process_time())"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    shortest = float("inf")
+    for _ in range(3):
+        said = subprocess.run(
+            [sys.executable, "-c", program], check=True, env=environment, capture_output=True, text=True
+        )
+        shortest = min(shortest, float(said.stdout))
+        if shortest < 3:
+            return
+    raise AssertionError(f"importing models takes {shortest:.1f} s")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.encoding import Encoding, PointEncoder
+from models.ops import tiers
 from models.students import build_student
 from models.students.dgcnn import CROSSPOINT, CROSSPOINT_SEGMENTATION, DGCNN, SEGMENTATION, DGCNNConfig
 from models.students.pointnet import PLAIN
@@ -160,6 +161,40 @@ def test_gradients_reach_every_parameter(name: str) -> None:
         assert parameter.grad.isfinite().all(), parameter_name
 
 
+@pytest.mark.parametrize("name", [name for name in STUDENTS if name != "curvenet"])  # its steps' gradient is another's
+def test_gradients_agree_with_finite_differences(name: str) -> None:
+    """Along one random direction of all parameters, in float64."""
+    network, generator = student(name).double(), torch.Generator().manual_seed(2)
+    points, parameters = clouds().double(), list(network.parameters())
+    directions = [torch.randn(each.shape, generator=generator, dtype=torch.float64) for each in parameters]
+    before = copy.deepcopy(network.state_dict())
+
+    def loss(step: float) -> Tensor:
+        network.load_state_dict(before)
+        with torch.no_grad():
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter += step * direction
+        encoding = network(points)
+        return encoding.pooled.square().mean() + encoding.per_point.sin().mean()
+
+    gradients = torch.autograd.grad(loss(0), parameters)
+    along = sum(((one * other).sum() for one, other in zip(gradients, directions, strict=True)), start=torch.zeros(()))
+    with torch.no_grad():
+        difference = (loss(1e-9) - loss(-1e-9)) / 2e-9
+    torch.testing.assert_close(difference, along.double(), rtol=1e-4, atol=1e-5)
+
+
+@every_student
+def test_every_tier_of_operations_gives_the_same_bits(name: str) -> None:
+    network = student(name).eval()
+    encodings = []
+    for tier in ("reference", "cpu"):
+        with torch.no_grad(), tiers.use(tier):
+            encodings.append(network(clouds()))
+    assert torch.equal(encodings[0].per_point, encodings[1].per_point)
+    assert torch.equal(encodings[0].pooled, encodings[1].pooled)
+
+
 @every_student
 def test_a_step_is_the_same_every_time(name: str) -> None:
     first, second = student(name), student(name)
@@ -242,7 +277,9 @@ for eager, compiled, norm in zip(*results, norms, strict=True):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # a minute on a machine that does nothing else
-@pytest.mark.parametrize("name", ["pointnet2, one scale", "dgcnn", "curvenet", "masked_transformer"])
+@pytest.mark.parametrize(
+    "name", ["pointnet", "pointnet2, one scale", "dgcnn", "pointmlp", "curvenet", "masked_transformer"]
+)
 def test_compiled_it_does_the_same_in_one_graph(name: str) -> None:
     """In a process of its own: the compiler does not look into the checks that tests put around every function."""
     subprocess.run([sys.executable, "-c", COMPILED, json.dumps(STUDENTS[name])], check=True)
