@@ -5,12 +5,20 @@ from typing import Annotated
 from pydantic import Field
 
 from trainer.objectives.crosspoint import CrossPointConfig
+from trainer.objectives.i2p_mae import I2PMAEConfig
 from trainer.objectives.pointmcd import PointMCDConfig
+from trainer.objectives.projection_classifier import ProjectionClassifierConfig
 from trainer.objectives.view_autoencoder import ViewAutoencodingConfig
 from trainer.objectives.view_classifier import ViewClassifierConfig
 from trainer.objectives.view_segmenter import ViewSegmentingConfig
 
 ObjectiveConfig = Annotated[
-    CrossPointConfig | PointMCDConfig | ViewAutoencodingConfig | ViewClassifierConfig | ViewSegmentingConfig,
+    CrossPointConfig
+    | I2PMAEConfig
+    | PointMCDConfig
+    | ProjectionClassifierConfig
+    | ViewAutoencodingConfig
+    | ViewClassifierConfig
+    | ViewSegmentingConfig,
     Field(discriminator="kind"),
 ]

@@ -29,3 +29,4 @@ class Case:
     batch: Callable[[], Batch]
     student: Mapping[str, Any] = field(default_factory=lambda: {"kind": "pointnet", "width": 0.125})
     corpus: Corpus = CORPUS
+    unread: frozenset[str] = frozenset()  # parameters that the published network has and nothing reads

@@ -58,8 +58,8 @@ def points_alone() -> I2PMAEBatch:
 UNREAD = frozenset({"student.norms.0.weight", "student.norms.0.bias"})
 
 CASES = {
-    "i2p_mae, cached": Case(CACHED, hard_batch, STUDENT, TAUGHT),
-    "i2p_mae, online": Case(ONLINE, points_alone, STUDENT, TAUGHT),
-    "i2p_mae, coordinates alone": Case(CACHED | {"features_weight": 0}, hard_batch, STUDENT, TAUGHT),
-    "i2p_mae, features alone": Case(CACHED | {"coordinates_weight": 0}, hard_batch, STUDENT, TAUGHT),
+    "i2p_mae, cached": Case(CACHED, hard_batch, STUDENT, TAUGHT, UNREAD),
+    "i2p_mae, online": Case(ONLINE, points_alone, STUDENT, TAUGHT, UNREAD),
+    "i2p_mae, coordinates alone": Case(CACHED | {"features_weight": 0}, hard_batch, STUDENT, TAUGHT, UNREAD),
+    "i2p_mae, features alone": Case(CACHED | {"coordinates_weight": 0}, hard_batch, STUDENT, TAUGHT, UNREAD),
 }
