@@ -4,27 +4,37 @@ import argparse
 import copy
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections import namedtuple
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from datastore.batch import Batch
 from datastore.errors import EXIT_STOPPED, AskedWrongly, DoNotRetry, MissingField, Stopped, StoreError
 from datastore.layout import Store, open_store
+from datastore.progress import format_bytes
+from datastore.stream import StreamConfig, open_stream
 from datastore.write import verify
 from models.exported import save_exported
 from models.image_models.multi_view import MultiViewClassifier, MultiViewClassifierConfig
 from models.image_models.pooled import PooledTrunk, PooledTrunkConfig
 from models.image_models.trunk import TrunkConfig
 from models.students import build_student
+from tests.killable_cache import cache_and_die, running
 from tests.stores import small_attributes, write_small_store
 from trainer import cache as cache_stage
 from trainer.cache import add_arguments, cache, run
@@ -33,6 +43,11 @@ from trainer.teachers import TimmOptions, load_teacher, teacher_attributes
 ROWS = 36  # blocks of 16, 16 and 4
 CONFIG = TrunkConfig(name="test_resnet", image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 FIELD = "teachers/{key}/view_features"
+
+
+@dataclass(frozen=True)
+class FeatureBatch(Batch):
+    view_features: Float[Tensor, "b v d"]
 
 
 def make_store(path: Path, fields: Sequence[str] = ("views", "split", "id")) -> Store:
@@ -326,6 +341,246 @@ def test_a_store_without_views_is_refused_with_the_way_out(tmp_path: Path, teach
     store = make_store(tmp_path / "store.zarr", fields=("points", "split", "id"))
     with pytest.raises(MissingField, match=r"no field 'views'.*viewpoint ingest"):
         cache(store, teacher, "teacher")
+
+
+def features_and_more(store: Store, *words: str, teacher: str = "test_vit") -> tuple[str, dict[str, tuple[int, ...]]]:
+    """Runs the stage with random weights: the teacher's key, and the sizes of its fields."""
+    run(arguments(store.url, "--teacher", teacher, "--random-weights", "--image-size", "32", *words))
+    (key,) = open_store(store.url).teachers.keys() - store.teachers.keys()
+    return key, open_store(store.url).teachers[key].fields
+
+
+@pytest.mark.parametrize(
+    ("words", "fields"),
+    [
+        ((), {"view_features": (12, 64)}),
+        (("--tokens", "native"), {"view_features": (12, 64), "view_tokens": (12, 4, 64), "view_saliency": (12, 4)}),
+        (("--tokens", "1x1", "--fields", "view_tokens", "--projection", "5"), {"view_tokens": (12, 1, 5)}),
+        (("--fields", "view_saliency", "view_tokens"), {"view_saliency": (12, 4), "view_tokens": (12, 4, 64)}),
+        (("--tokens", "none", "--precision", "bf16"), {"view_features": (12, 64)}),
+        (("--teacher", "lean", "--model", "test_resnet", "--tokens", "1x1"), {"view_features": (12, 96), "view_tokens": (12, 1, 96)}),
+        (
+            ("--from-points", "--fields", "view_tokens", "view_pixels", "--mean", "0", "0", "0", "--std", "1", "1", "1"),
+            {"view_tokens": (3, 4, 64), "view_pixels": (20, 3, 2)},
+        ),
+    ],
+)  # fmt: skip
+def test_fields_are_those_asked_for(
+    tmp_path: Path, words: tuple[str, ...], fields: dict[str, tuple[int, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = make_store(tmp_path / "store.zarr", ("views", "points", "split", "id"))
+    key, found = features_and_more(store, *words)
+    assert found == fields
+    teacher = open_store(store.url).teachers[key]
+    again = teacher.command(store.url).split()[2:]
+    assert run(arguments(*again)) == 0
+    said = capsys.readouterr()
+    assert "Nothing to do" in said.out, "what the store keeps of the command writes the same again"
+    assert teacher.precision == ("bf16" if "bf16" in words else "float32")
+    row_bytes = 2 * sum(int(np.prod(sizes)) for sizes in fields.values())
+    assert f"for 36 shapes take about {format_bytes(36 * row_bytes)}, {row_bytes:,} bytes a shape" in said.err
+
+
+def test_networks_settings_and_precision_are_told_apart_and_lie_side_by_side(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store.zarr")
+    keys = {
+        features_and_more(open_store(store.url), *words)[0]
+        for words in ((), ("--precision", "bf16"), ("--tokens", "native"), ("--mean", "0", "0", "0"))
+    }
+    assert len(keys) == 4
+    with pytest.raises(StoreError, match=r"4 teachers named 'test_vit'.*Name the one you mean in full, or remove"):
+        open_store(store.url).resolve_teacher("test_vit")
+
+
+def test_quick_gelu_is_another_teacher_with_the_same_weights(store: Store) -> None:
+    torch.manual_seed(0)
+    plain = PooledTrunkConfig(trunk=CONFIG).build()
+    other = copy.deepcopy(plain)
+    other.config = plain.config.model_copy(update={"trunk": CONFIG.model_copy(update={"name": "test_resnet_quick"})})
+    tagged = copy.deepcopy(plain)
+    trunk = CONFIG.model_copy(update={"name": "test_resnet.r160_in1k", "weights": "anywhere.safetensors"})
+    tagged.config = plain.config.model_copy(update={"trunk": trunk})
+    keys = [teacher_attributes(store, each, "t").key for each in (plain, other, tagged)]
+    assert keys[0] != keys[1] and keys[0] == keys[2], "neither a tag nor where weights lay changes what is said"
+
+
+def test_a_changed_weights_file_is_noticed_when_a_stream_opens(store: Store, tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    path = tmp_path / "weights.safetensors"
+    keys = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        save_file(timm.create_model("test_resnet").state_dict(), path)
+        words = (store.url, "--teacher", "mine", "--model", "test_resnet", "--image-size", "32", "--weights", str(path))
+        run(arguments(*words))
+        teachers = open_store(store.url).teachers
+        keys += [key for key in teachers if key not in keys]
+        if seed == 1:
+            shutil.copytree(Path(store.url) / "teachers" / keys[0], tmp_path / "first")
+            shutil.rmtree(Path(store.url) / "teachers" / keys[0])
+    with pytest.raises(
+        MissingField, match=rf"no fields of teacher '{keys[0]}'.*{keys[1]} \(32 px.*--weights .*{path.name}"
+    ):
+        open_stream(
+            StreamConfig(store_url=store.url),
+            FeatureBatch, teacher=keys[0], global_batch=4, micro_batch=4, rank=0, world_size=1, seed=0,
+        )  # fmt: skip
+
+
+def test_other_fields_of_a_teacher_that_is_there_are_refused_with_the_way_out(store: Store) -> None:
+    features_and_more(store, "--tokens", "native")
+    with pytest.raises(
+        StoreError, match=r"this teacher with other properties \(fields.*all fields at once.*another name"
+    ):
+        features_and_more(open_store(store.url), "--tokens", "native", "--fields", "view_tokens")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--teacher", "test_resnet", "--fields", "view_saliency"), "has no view_saliency, only view_features, view_tokens.*class token"),
+        (("--fields", "view_pixels"), "has no view_pixels, only view_features"),
+        (("--tokens", "none", "--fields", "view_tokens"), "--tokens none, and --fields view_tokens"),
+        (("--tokens", "2x2", "--from-points"), "--from-points keeps the tokens"),
+        (("--tokens", "3x3"), "has 2 x 2 tokens .* cannot be made 3 x 3"),
+    ],
+)  # fmt: skip
+def test_what_a_teacher_does_not_have_is_refused(store: Store, words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(AskedWrongly, match=message):
+        features_and_more(store, *words)
+
+
+@pytest.mark.parametrize("grid", ["14", "14x7", "0x0", "x", "some"])
+def test_what_is_no_grid_is_refused(grid: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        arguments("s", "--teacher", "t", "--random-weights", "--tokens", grid)
+    assert "no square grid such as 14x14" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("--mean", "0", "0", "0"), ("--from-points",), ("--tokens", "2x2")])
+def test_an_exported_model_is_taken_as_it_is(
+    store: Store, teacher: MultiViewClassifier, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    folder = str(export(teacher, tmp_path / "export"))
+    with pytest.raises(AskedWrongly, match=f"is an exported model, .* leave {words[0]} out|keeps the tokens"):
+        run(arguments(store.url, "--teacher", "mine", "--weights", folder, *words))
+
+
+def test_a_gpu_that_is_too_small_takes_half_as_many_shapes(
+    store: Store, teacher: MultiViewClassifier, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = cache(store, teacher, "whole").teacher
+    whole = features_of(store, key)
+    teach = MultiViewClassifier.teach
+
+    def small(self: MultiViewClassifier, inputs: torch.Tensor, fields: Sequence[str]) -> Any:
+        if len(inputs) > room:
+            raise torch.OutOfMemoryError("out of memory\nTried to allocate")
+        return teach(self, inputs, fields)
+
+    monkeypatch.setattr(MultiViewClassifier, "teach", small)
+    room = 6
+    halved = cache(open_store(store.url), teacher, "halved", device="cpu:0").teacher
+    assert "has memory for 5 shapes at a time" in capsys.readouterr().err
+    np.testing.assert_allclose(features_of(store, halved), whole, rtol=2**-9, atol=1e-4)
+    room = 0
+    with pytest.raises(DoNotRetry, match=r"One shape at a time is more than cpu:0 has memory for.*bf16"):
+        cache(open_store(store.url), teacher, "none", device="cpu:0")
+
+
+# Killed
+
+
+def test_kills_around_its_operations_leave_what_an_undisturbed_run_writes(tmp_path: Path) -> None:
+    series = KilledCaches(tmp_path, random.Random(0))
+    for number, moment in ((2, "before"), (5, "after"), (4, "during")):
+        series.kill(number, moment)
+    series.finish()
+    assert series.kills == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_twenty_kills_at_random_moments_leave_what_an_undisturbed_run_writes(tmp_path: Path) -> None:
+    series = KilledCaches(tmp_path, random.Random(1), num_rows=160)
+    while series.kills < 20:
+        if series.moments.random() < 0.5:
+            series.kill(series.moments.randint(1, 30), series.moments.choice(["before", "during", "after"]))
+        else:
+            series.kill_after(series.moments.uniform(0, series.seconds))
+    series.finish()
+    print(f"{series.kills} kills, {series.completed} stores completed")
+
+
+@dataclass
+class KilledCaches:
+    """Cache stages killed one after the other over one store; over a copy of it whenever a teacher is complete."""
+
+    folder: Path
+    moments: random.Random
+    num_rows: int = ROWS
+    kills: int = 0
+    completed: int = 0
+
+    def __post_init__(self) -> None:
+        self._empty = str(self.folder / "empty.zarr")
+        write_small_store(
+            self._empty, small_attributes(num_rows=self.num_rows, block_rows=16), ("views", "split", "id")
+        )
+        self._undisturbed = self._copy("undisturbed.zarr")
+        began = time.monotonic()
+        with running(cache_and_die, self._undisturbed, "never", 0, 0.0) as process:
+            process.join()
+        self.seconds = time.monotonic() - began
+        assert process.exitcode == 0
+        self._url = self._copy("0.zarr")
+
+    def kill(self, number: int, moment: str) -> None:
+        """A run that dies around its n-th operation on the store, unless it has fewer."""
+        with running(cache_and_die, self._url, moment, number, self.moments.choice([0, 0.001, 0.01])) as process:
+            process.join()
+            self._ended(process)
+
+    def kill_after(self, seconds: float) -> None:
+        """A run that is killed from outside, unless it is done by then."""
+        with running(cache_and_die, self._url, "never", 0, 0.0) as process:
+            process.join(seconds)
+            process.kill()
+            process.join()
+            self._ended(process)
+
+    def finish(self) -> None:
+        """A last run that nobody disturbs."""
+        with running(cache_and_die, self._url, "never", 0, 0.0) as process:
+            process.join()
+            self._ended(process)
+        assert process.exitcode == 0
+
+    def _ended(self, process: BaseProcess) -> None:
+        assert process.exitcode in (0, -9)
+        self.kills += process.exitcode == -9
+        assert verify(open_store(self._url)) == [], "what is published is whole after every kill"
+        if process.exitcode == 0:
+            assert self._contents(self._url) == self._contents(self._undisturbed)
+            self.completed += 1
+            self._url = self._copy(f"{self.completed}.zarr")
+
+    def _copy(self, name: str) -> str:
+        return str(shutil.copytree(self._empty, self.folder / name))
+
+    @staticmethod
+    def _contents(url: str) -> dict[str, bytes]:
+        """Everything but how often a manifest was written, and drafts that nobody reads."""
+        files = {str(path.relative_to(url)): path for path in Path(url).rglob("*") if path.is_file()}
+        scopes = open_store(url).manifest.model_dump_json(exclude={"number"})
+        kept = {
+            name: path.read_bytes()
+            for name, path in files.items()
+            if "/manifests/" not in name and "drafts" not in name
+        }
+        return kept | {"manifest": scopes.encode()}
 
 
 @pytest.mark.slow

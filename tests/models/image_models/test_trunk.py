@@ -1,7 +1,10 @@
 """Tests of image networks: trunks, weights, and what is built on them."""
 
+import time
 from pathlib import Path
 
+import fsspec
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -100,11 +103,72 @@ def test_weights_come_from_a_file_with_or_without_its_classifier(tmp_path: Path,
         assert torch.equal(tensor, state[name]), name
 
 
+def test_weights_come_from_an_object_store(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    state = timm.create_model(TRUNK, num_classes=7).state_dict()
+    for name in ("weights.safetensors", "weights.pth"):
+        save_file(state, tmp_path / name) if name.endswith(".safetensors") else torch.save(state, tmp_path / name)
+        url = f"memory://hub/{name}"
+        fsspec.filesystem("memory").put(str(tmp_path / name), url)
+        trunk = build_trunk(CONFIG.model_copy(update={"weights": url}))
+        assert all(torch.equal(tensor, state[name]) for name, tensor in trunk.state_dict().items())
+    with pytest.raises(ValueError, match="There is no weights file memory://hub/absent"):
+        read_weights("memory://hub/absent.pth")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as the hub's client keeps files in; nothing listens where the hub is said to be."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between its attempts
+    return tmp_path
+
+
+def publish(hub: Path, state: dict[str, Tensor]) -> None:
+    """Puts weights where the client looks for what it has fetched before."""
+    repository = hub / "models--timm--test_resnet.r160_in1k"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("0" * 40)
+    (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    save_file(state, repository / "snapshots" / ("0" * 40) / "model.safetensors")
+
+
+def test_weights_come_from_timm_s_hub(hub: Path) -> None:
+    torch.manual_seed(1)
+    state = timm.create_model(TRUNK).state_dict()
+    publish(hub, state)
+    trunk = build_trunk(CONFIG.model_copy(update={"weights": "hub"}))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in trunk.state_dict().items())
+
+
+def test_a_hub_that_is_not_there_is_an_error_that_names_the_way_out(hub: Path) -> None:
+    with pytest.raises(ValueError, match=r"test_resnet cannot be had from its hub: .*`--weights FILE` of `viewpoint"):
+        build_trunk(CONFIG.model_copy(update={"weights": "hub"}))
+
+
+def test_offline_the_hub_is_not_asked(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="cannot be had from its hub"):
+        build_trunk(CONFIG.model_copy(update={"weights": "hub"}))
+
+
+def test_weights_on_the_hub_that_do_not_fit_are_no_random_weights(hub: Path) -> None:
+    publish(hub, {"stem.weight": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"cannot be had from its hub: Error.* in loading state_dict"):
+        build_trunk(CONFIG.model_copy(update={"weights": "hub"}))
+
+
+def test_a_network_that_the_hub_does_not_have_is_no_random_one(hub: Path) -> None:
+    with pytest.raises(ValueError, match="No pretrained weights exist for lcnet_035"):
+        build_trunk(TrunkConfig(name="lcnet_035", image_size=32, weights="hub"))
+
+
 def test_without_a_file_weights_are_random() -> None:
     torch.manual_seed(0)
     first = build_trunk(CONFIG)
     second = build_trunk(CONFIG)
-    assert not torch.equal(first.conv1[0].weight, second.conv1[0].weight)  # type: ignore[index, union-attr, arg-type]
+    assert not torch.equal(first.conv1[0].weight, second.conv1[0].weight)  # type: ignore[index, union-attr]
 
 
 def test_weights_of_another_network_are_refused_and_the_first_differences_named(tmp_path: Path) -> None:
