@@ -1,13 +1,17 @@
 """The code in docs/ runs as it stands."""
 
 import argparse
+import importlib
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import yaml
 
 from datastore.cameras import RIG_NAMES, rig_by_name
 from datastore.fetch import FetchConfig
@@ -16,6 +20,8 @@ from datastore.layout import open_store
 from datastore.schema import FIELDS
 from datastore.sources import format_table, open_source
 from datastore.stream import StreamConfig
+from models.students import StudentConfig, build_student
+from models.students.masked_transformer import MaskedTransformerConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -84,3 +90,34 @@ def test_every_setting_of_the_stream_in_the_docs_is_one() -> None:
     known = {*StreamConfig.model_fields, *(f"fetch.{name}" for name in FetchConfig.model_fields)}
     assert named
     assert named <= known
+
+
+def test_students_and_operations_are_used_as_the_docs_show(capsys: pytest.CaptureFixture[str]) -> None:
+    build, neighbours = python_blocks("models.md")
+    exec(build, {})
+    exec(neighbours, {})
+    assert capsys.readouterr().out == "torch.Size([2, 1024, 1024]) torch.Size([2, 1024])\nTrue\n"
+
+
+def test_students_have_as_many_parameters_as_the_docs_say() -> None:
+    page = (DOCS / "models.md").read_text()
+    rows = re.findall(r"^\| `(.+?)` \|.*?\| ([\d,]+) \|", page, re.MULTILINE)
+    assert len(rows) == 12
+    for config, count in rows:
+        module, _, name = config.rpartition(".")
+        student = build_student(getattr(importlib.import_module(module), name) if module else json.loads(config))
+        assert f"{sum(parameter.numel() for parameter in student.parameters()):,}" == count, config
+
+
+def test_the_line_for_three_hundred_million_parameters_is_the_one_that_is_tested() -> None:
+    (line,) = re.findall(r"```yaml\n(.*?)```", (DOCS / "models.md").read_text(), re.DOTALL)
+    config = MaskedTransformerConfig.model_validate(yaml.safe_load(line)["student"])
+    assert (config.width, config.num_heads, config.checkpoint_activations) == (5, 12, True)
+
+
+def test_the_docs_name_every_kind_of_student() -> None:
+    page = (DOCS / "models.md").read_text()
+    union, *_ = get_args(StudentConfig)
+    kinds = [config.model_fields["kind"].default for config in get_args(union)]
+    assert len(kinds) >= 6
+    assert [kind for kind in kinds if f'"kind": "{kind}"' not in page] == []

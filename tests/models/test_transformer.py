@@ -113,6 +113,26 @@ def test_checkpointed_activations_give_equal_values_and_gradients(training: bool
         assert torch.equal(plain, checkpointed_one)
 
 
+def test_checkpointed_activations_keep_little_for_the_backward_pass() -> None:
+    kept = {}
+    for checkpointed in (False, True):
+        stage = TransformerStage(12, 3, [0.0] * 4, checkpoint_activations=checkpointed).double()
+        tokens, places = tokens_and_places(8, 32)
+        own = {parameter.data_ptr() for parameter in stage.parameters()}
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: Tensor, own: set[int] = own, sizes: dict[int, int] = sizes) -> Tensor:
+            if tensor.data_ptr() not in own:
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            encoded = stage(tokens.requires_grad_(), places)
+        assert encoded.requires_grad
+        kept[checkpointed] = sum(sizes.values())
+    assert kept[True] < kept[False] / 5
+
+
 def test_places_are_read_in_full_precision_under_autocast() -> None:
     torch.manual_seed(0)
     position = PositionEmbedding(16)
