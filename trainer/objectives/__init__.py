@@ -6,6 +6,8 @@ from pydantic import Field
 
 from trainer.objectives.crosspoint import CrossPointConfig
 from trainer.objectives.i2p_mae import I2PMAEConfig
+from trainer.objectives.image_to_points import ImageToPointsConfig
+from trainer.objectives.pointcmt import PointCMTConfig
 from trainer.objectives.pointmcd import PointMCDConfig
 from trainer.objectives.projection_classifier import ProjectionClassifierConfig
 from trainer.objectives.view_autoencoder import ViewAutoencodingConfig
@@ -15,6 +17,8 @@ from trainer.objectives.view_segmenter import ViewSegmentingConfig
 ObjectiveConfig = Annotated[
     CrossPointConfig
     | I2PMAEConfig
+    | ImageToPointsConfig
+    | PointCMTConfig
     | PointMCDConfig
     | ProjectionClassifierConfig
     | ViewAutoencodingConfig

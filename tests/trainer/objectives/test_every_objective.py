@@ -16,6 +16,7 @@ from tests.ranks import run_ranks
 from tests.trainer.objectives.cases import (
     crosspoint,
     i2p_mae,
+    pointcmt,
     pointmcd,
     projection_classifier,
     view_autoencoder,
@@ -29,6 +30,7 @@ from trainer.objectives.base import Objective
 CASES: dict[str, Case] = (
     crosspoint.CASES
     | i2p_mae.CASES
+    | pointcmt.CASES
     | pointmcd.CASES
     | projection_classifier.CASES
     | view_autoencoder.CASES
