@@ -246,7 +246,9 @@ def _validated(tree: dict[str, Any], name: str) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        # A default that follows from a wrong value is no problem of its own
+        problems = [problem for problem in error.errors() if problem["type"] != "default_factory_not_called"]
+        lines = [_explain(problem) for problem in problems]
         raise AskedWrongly(f"{name} is not a valid run:\n" + "\n".join(f"  - {line}" for line in lines)) from error
 
 
@@ -272,7 +274,12 @@ def _walk(location: Sequence[str]) -> tuple[type[BaseModel] | None, list[str]]:
     model: type[BaseModel] | None = RunConfig
     keys: list[str] = []
     candidates: tuple[type[BaseModel], ...] = ()
+    is_mapping_key = False
     for position, part in enumerate(location):
+        if is_mapping_key:
+            keys.append(part)
+            is_mapping_key = False
+            continue
         tagged = (
             next((option for option in candidates if option.model_fields["kind"].default == part), None)
             if candidates
@@ -285,7 +292,9 @@ def _walk(location: Sequence[str]) -> tuple[type[BaseModel] | None, list[str]]:
         keys.append(part)
         if position == len(location) - 1 or model is None or part not in model.model_fields:
             continue
-        options = tuple(_models_in(model.model_fields[part].annotation))
+        annotation = model.model_fields[part].annotation
+        is_mapping_key = get_origin(annotation) is dict  # what follows is one
+        options = tuple(_models_in(annotation))
         if len(options) == 1 and "kind" not in options[0].model_fields:
             model = options[0]
         else:
@@ -297,6 +306,6 @@ def _walk(location: Sequence[str]) -> tuple[type[BaseModel] | None, list[str]]:
 def _models_in(annotation: Any) -> Iterable[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    elif get_origin(annotation) in (Union, UnionType, Annotated):
+    elif get_origin(annotation) in (Union, UnionType, Annotated, dict):
         for argument in get_args(annotation):
             yield from _models_in(argument)

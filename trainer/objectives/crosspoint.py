@@ -76,7 +76,7 @@ class CrossPointConfig(BaseModel, extra="forbid", frozen=True):
 @dataclass(frozen=True)
 class CrossPointBatch(Batch):
     points: Float32[Tensor, "b n 3"]
-    views: UInt8[Tensor, "b v h w 3"] | None = None  # with a cross-modal weight; one of them is looked at
+    views: UInt8[Tensor, "b v h w 3"] | None = None  # with a cross-modal weight; where there are several, one is drawn
 
 
 class CrossPoint(Objective[CrossPointBatch]):
@@ -97,7 +97,7 @@ class CrossPoint(Objective[CrossPointBatch]):
                     "Objective 'crosspoint' compares clouds with images, but the store has no views. Ingest the source "
                     "with a rig of cameras (--rig), or train on points alone (--set objective.cross_modal_weight=0)."
                 )
-            self.batch_type = CrossPointBatch
+            self.batch_type = CrossPointBatch.drawing(1)
             self.image_trunk = build_trunk(config.image_trunk)
             self.image_head = contrastive_head(
                 cast(int, self.image_trunk.head_hidden_size),

@@ -160,6 +160,7 @@ def test_an_image_is_one_view_resized_and_normalised() -> None:
     assert batch.views is not None
     images = objective.images(batch.views, batch.seeds)
     mean, deviation = (torch.tensor(each).view(3, 1, 1) for each in (RESNET_50.mean, RESNET_50.std))
+    assert objective.batch_type.views_drawn == 1
     drawn = set()
     for row, image in enumerate(images):
         views = as_images(batch.views[row], 48, mean, deviation)

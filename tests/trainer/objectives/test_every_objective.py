@@ -16,9 +16,11 @@ from tests.ranks import run_ranks
 from tests.trainer.objectives.cases import (
     crosspoint,
     i2p_mae,
+    mixture,
     pointcmt,
     pointmcd,
     projection_classifier,
+    supervised,
     view_autoencoder,
     view_classifier,
     view_segmenter,
@@ -30,9 +32,11 @@ from trainer.objectives.base import Objective
 CASES: dict[str, Case] = (
     crosspoint.CASES
     | i2p_mae.CASES
+    | mixture.CASES
     | pointcmt.CASES
     | pointmcd.CASES
     | projection_classifier.CASES
+    | supervised.CASES
     | view_autoencoder.CASES
     | view_classifier.CASES
     | view_segmenter.CASES
