@@ -52,6 +52,7 @@ class Recoveries:
             opened, self._open = self._open, None
             lost = max(0, self._furthest_step - beat.step + 1)
             recovery = Recovery(tuple(opened.causes), now - opened.since, lost, generation)
+            self._furthest_step = beat.step  # what was lost is counted
         self._furthest_step = max(self._furthest_step, beat.step)
         return recovery
 

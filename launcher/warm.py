@@ -1,7 +1,8 @@
 """What a worker needs imported, done once for all: processes that are forked afterwards start in milliseconds.
 
-Torch, deepspeed and the training stage take 3.5 s of processor time to import, which every worker would pay at every
-restart. None of it starts a thread or touches a GPU, so that forking afterwards is safe.
+Torch, deepspeed and the training stage take five seconds of processor time to import, which every worker would pay at
+every restart; a forked one needs a tenth of it to its first step. None of it starts a thread or touches a GPU, so that
+forking afterwards is safe.
 """
 
 import importlib
@@ -16,14 +17,17 @@ _OF_STAGE: Final = {
         "trainer.checkpoint",
         "trainer.config",
         "trainer.distributed",
+        "trainer.encoders",
         "trainer.engine",
         "trainer.export",
         "trainer.fragments",
         "trainer.metrics",
         "trainer.runfolder",
+        "trainer.saving",
         "datastore.layout",
         "datastore.objects",
         "datastore.stream",
+        "torch._inductor",  # what the switch to deterministic algorithms imports: three quarters of all
     ),
     "cache": ("trainer.cache",),
 }

@@ -49,3 +49,15 @@ def test_a_world_that_saved_before_it_ended_loses_no_step() -> None:
     found = recoveries.beat(step(22), 2, 15.0)
     assert found is not None
     assert found.lost_steps == 0
+
+
+def test_a_lost_step_is_counted_once() -> None:
+    recoveries = running()
+    recoveries.heard("restart", {"cause": "node_lost", "generation": 1}, 12.0)
+    recoveries.heard("workers_started", {"generation": 2}, 13.0)
+    recoveries.beat(step(16), 2, 15.0)
+    recoveries.heard("restart", {"cause": "node_joined", "generation": 2}, 16.0)
+    recoveries.heard("workers_started", {"generation": 3}, 17.0)
+    found = recoveries.beat(step(17), 3, 18.0)
+    assert found is not None
+    assert found.lost_steps == 0, "steps 17 to 20 were lost the first time"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.runs import tiny_config, train, write_corpus
 from trainer.heartbeat import HEARTBEAT_VARIABLE, Heart, read_beat
 
 
@@ -31,6 +32,20 @@ def test_without_the_variable_nothing_is_written(tmp_path: Path, monkeypatch: py
     heart.start()
     heart.beat(1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_training_says_each_phase_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[str, int]] = []
+    monkeypatch.setattr(Heart, "start", lambda heart: None)
+    monkeypatch.setattr(Heart, "enter", lambda heart, phase: said.append((phase, heart._step)))
+    config = tiny_config(write_corpus(f"{tmp_path}/shapes.zarr").url, steps=3)
+    train(config, f"{tmp_path}/run")
+    steps = [number for phase, number in said if phase == "step"]
+    assert sorted(set(steps)) == [1, 2, 3]
+    assert ("checkpoint", 2) in said
+    after_saving = said[said.index(("checkpoint", 2)) + 1]
+    assert after_saving == ("step", 2), "a hang in the next step is not taken for a long save"
+    assert said[-1] == ("finishing", 3)
 
 
 def test_asked_by_its_agent_a_worker_shows_the_stacks_of_all_threads_and_works_on(tmp_path: Path) -> None:
