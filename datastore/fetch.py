@@ -76,6 +76,7 @@ class Fetcher:
         self.requests = 0
         self.retries = 0
         self.hedges = 0
+        self.cache_hits = 0
         self._url = folder.url
         self._config = config or FetchConfig()
         self._ranges = open_ranges(folder, self._config.timeout_seconds, self.buffers)
@@ -103,6 +104,8 @@ class Fetcher:
         if found is not None:
             content = memoryview(found)
             if (_length_problem(content, start, end) or problem_of(content)) is None:
+                with self._counting:
+                    self.cache_hits += 1
                 return content
             self._cache.drop(key)
         content = self._fetch(name, start, end, problem_of)

@@ -186,6 +186,16 @@ class Stream(Generic[BatchT]):
         return self._fetcher.bytes_fetched
 
     @property
+    def retries(self) -> int:
+        """Requests to the store that had to be repeated."""
+        return self._fetcher.retries
+
+    @property
+    def cache_hits(self) -> int:
+        """Ranges that the local cache had."""
+        return self._fetcher.cache_hits
+
+    @property
     def units_read(self) -> int:
         """Units that were read so far; as many as the corpus has, after an epoch of one process with memory enough."""
         return self._units.units_read

@@ -91,6 +91,8 @@ def _state(events: Sequence[Record], *, working: bool) -> str:
 
 
 def _training(name: str, run: "RunFolder") -> dict[str, Any]:
+    from trainer.history import ACCOUNT, goodput, restarts_by_cause
+
     events = run.events()
     latest: dict[str, Record] = {event["event"]: event for event in events}
     metrics = run.metrics()
@@ -100,7 +102,8 @@ def _training(name: str, run: "RunFolder") -> dict[str, Any]:
         "total_steps": latest["started"]["total_steps"] if "started" in latest else None,
         "last": metrics[-1] if metrics else None,
         "saved": latest.get("saved"),
-        "restarts": sum(event["event"] == "workers_ended" and event["restarts_left"] > 0 for event in events),
+        "restarts": restarts_by_cause(events),
+        "goodput": goodput(metrics[-1].get(ACCOUNT, {})) if metrics else None,
     }
 
 
@@ -116,7 +119,10 @@ def _describe_training(training: Record, now: float) -> list[str]:
         f"{format_seconds(max(0.0, now - last['time']))} ago",
     ]
     if saved is not None:
-        parts.append(f"saved at step {saved['step']:,}")
+        parts.append(f"saved at step {saved['step']:,} {format_seconds(max(0.0, now - saved['time']))} ago")
+    if training["goodput"]:
+        parts.append(f"{100 * training['goodput']:.0f}% of the time in steps that count")
     if training["restarts"]:
-        parts.append(f"{training['restarts']} restarts")
+        causes = ", ".join(f"{count} {cause}" for cause, count in training["restarts"].items())
+        parts.append(f"started again: {causes}")
     return [f"  {training['name']}: {'finished at ' if training['finished'] else ''}{', '.join(parts)}"]

@@ -63,6 +63,8 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
     steps: PositiveInt | None = None
     global_batch: PositiveInt
     seed: NonNegativeInt = 0
+    # The run, checkpoint or export whose encoder this training begins with, instead of random weights: fine-tuning
+    start_from: str | None = None
 
     @model_validator(mode="after")
     def _length_is_given_once(self) -> Self:

@@ -12,8 +12,12 @@ from pydantic import BaseModel, Field, PositiveInt
 
 from datastore.errors import DoNotRetry
 from trainer.distributed import World
+from trainer.history import goodput
 
-Bucket = Literal["startup", "data_wait", "forward", "backward", "optimizer", "checkpoint", "other"]
+Bucket = Literal[
+    "startup", "data_wait", "forward", "backward", "optimizer", "checkpoint", "other", "redone", "down", "paused"
+]
+"""Where time goes. The last three are of earlier starts of the run: trainer/history.py."""
 
 
 class MetricsConfig(BaseModel, extra="forbid", frozen=True):
@@ -32,6 +36,7 @@ class TimeAccount:
     ) -> None:
         self._clock = clock
         self._seconds = dict.fromkeys(get_args(Bucket), 0.0) | dict(earlier or {})
+        self._asked: dict[str, float] = {}
         self._bucket: Bucket = "startup"
         self._since = clock()
 
@@ -41,10 +46,18 @@ class TimeAccount:
         self._seconds[self._bucket] += now - self._since
         self._bucket, self._since = bucket, now
 
+    def phases(self) -> dict[str, float]:
+        """Seconds by bucket since this was last asked: what the steps in between spent."""
+        now = self.seconds
+        spent = {bucket: seconds - self._asked.get(bucket, 0.0) for bucket, seconds in now.items()}
+        self._asked = now
+        return {bucket: seconds for bucket, seconds in spent.items() if seconds > 0}
+
     def add_earlier(self, seconds: Mapping[str, float]) -> None:
         """Adds what the same run had spent before it was stopped."""
         for bucket, spent in seconds.items():
             self._seconds[bucket] = self._seconds.get(bucket, 0.0) + spent
+            self._asked[bucket] = self._asked.get(bucket, 0.0) + spent
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -84,10 +97,21 @@ class StepFigures:
     grad_norm: float = 0.0
     samples_per_second: float = 0.0
     data_wait_share: float = 0.0  # of wall time since the line before
+    phases: Mapping[str, float] = field(default_factory=dict)  # seconds since the line before, by bucket
 
     def record(self) -> dict[str, Any]:
         """As a JSON object."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What this rank's stream counted."""
+
+    bytes_read: int = 0
+    batches_ready: int = 0
+    retries: int = 0
+    cache_hits: int = 0
 
 
 class Exporter:
@@ -96,10 +120,13 @@ class Exporter:
     def __init__(self, config: MetricsConfig, world: World, run: str, account: TimeAccount) -> None:
         self.figures = StepFigures()
         self.samples_seen = 0
+        self.generation = 0
+        self.restarts: Mapping[str, int] = {}  # by cause, earlier launches included
         self.committed_step = 0
         self.committed_at = 0.0  # seconds since 1970
-        self.checkpoint_bytes = 0
-        self.reads: Callable[[], tuple[int, int]] = lambda: (0, 0)  # bytes read from the store, batches ready
+        self.checkpoint_seconds: Mapping[str, float] = {}  # of the last save: stall, and until it was committed
+        self.uploaded_bytes: Callable[[], int] = lambda: 0
+        self.reads: Callable[[], Reads] = Reads
         self._last_step_at = 0.0
         self._world, self._run, self._account = world, run, account
         self._server: Any = None
@@ -110,10 +137,10 @@ class Exporter:
         """Takes the figures of a finished step."""
         self.figures, self.samples_seen, self._last_step_at = figures, samples_seen, time.time()
 
-    def saved(self, step: int, num_bytes: int) -> None:
+    def saved(self, step: int, stall_seconds: float, seconds: float) -> None:
         """Takes note of a committed checkpoint."""
         self.committed_step, self.committed_at = step, time.time()
-        self.checkpoint_bytes += num_bytes
+        self.checkpoint_seconds = {"stall": stall_seconds, "upload": seconds}
 
     def close(self) -> None:
         """Ends the server."""
@@ -134,29 +161,43 @@ class Exporter:
                 metric.add_metric([*labels.values(), value_label] if label else list(labels.values()), value)
             return metric
 
-        seconds = self._account.seconds
-        bytes_read, batches_ready = self.reads()
-        yield family(CounterMetricFamily, "time_seconds", "wall time by what it was spent on", seconds, "bucket")
-        yield family(CounterMetricFamily, "data_read_bytes", "read from the store", {"": bytes_read})
-        yield family(GaugeMetricFamily, "data_queue_depth", "micro-batches ready", {"": batches_ready})
-        yield family(GaugeMetricFamily, "step", "optimizer steps finished", {"": self.figures.step})
-        last_step = {"": self._last_step_at}
-        yield family(GaugeMetricFamily, "last_step_timestamp_seconds", "when the last step ended", last_step)
-        written = {"": self.checkpoint_bytes}
-        yield family(CounterMetricFamily, "checkpoint_bytes", "written by this rank", written)
+        def counter(name: str, meaning: str, value: float) -> Any:
+            return family(CounterMetricFamily, name, meaning, {"": value})
+
+        def gauge(name: str, meaning: str, value: float) -> Any:
+            return family(GaugeMetricFamily, name, meaning, {"": value})
+
+        figures, seconds, reads = self.figures, self._account.seconds, self.reads()
+        yield family(CounterMetricFamily, "time_seconds", "Wall time by what it was spent on", seconds, "bucket")
+        yield family(GaugeMetricFamily, "step_phase_seconds", "Of the steps logged last", figures.phases, "phase")
+        yield counter("data_read_bytes", "Read from the store", reads.bytes_read)
+        yield counter("data_retries", "Requests to the store that had to be repeated", reads.retries)
+        yield counter("data_cache_hits", "Ranges that the local cache had", reads.cache_hits)
+        yield gauge("data_queue_depth", "Micro-batches ready", reads.batches_ready)
+        yield gauge("step", "Optimizer steps finished", figures.step)
+        yield gauge("last_step_timestamp_seconds", "When the last step ended", self._last_step_at)
+        yield counter("checkpoint_bytes", "Uploaded by this rank", self.uploaded_bytes())
         if not self._world.is_first:
             return
-        yield family(GaugeMetricFamily, "world_size", "processes that train", {"": self._world.size})
-        yield family(GaugeMetricFamily, "loss", "weighted terms of the loss", self.figures.terms, "term")
-        yield family(GaugeMetricFamily, "learning_rate", "of the last step", {"": self.figures.lr})
-        yield family(GaugeMetricFamily, "grad_norm", "before clipping", {"": self.figures.grad_norm})
-        yield family(GaugeMetricFamily, "epoch", "passes over the data", {"": self.figures.epoch})
-        rate = {"": self.figures.samples_per_second}
-        yield family(GaugeMetricFamily, "samples_per_second", "of all processes", rate)
-        yield family(CounterMetricFamily, "samples", "trained on, earlier starts included", {"": self.samples_seen})
-        yield family(GaugeMetricFamily, "checkpoint_committed_step", "newest", {"": self.committed_step})
-        committed = {"": self.committed_at}
-        yield family(GaugeMetricFamily, "checkpoint_committed_timestamp_seconds", "when", committed)
+        yield gauge("world_size", "Processes that train", self._world.size)
+        yield gauge("generation", "Number of this start of the run", self.generation)
+        yield family(CounterMetricFamily, "restarts", "Starts after the first, by cause", self.restarts, "cause")
+        yield gauge("goodput_ratio", "Share of wall time in steps that count", goodput(seconds))
+        yield family(GaugeMetricFamily, "loss", "Weighted terms of the loss", figures.terms, "term")
+        yield gauge("learning_rate", "Of the last step", figures.lr)
+        yield gauge("grad_norm", "Before clipping", figures.grad_norm)
+        yield gauge("epoch", "Passes over the data", figures.epoch)
+        yield gauge("samples_per_second", "Of all processes", figures.samples_per_second)
+        yield counter("samples", "Trained on, earlier starts included", self.samples_seen)
+        yield gauge("checkpoint_committed_step", "Of the newest checkpoint", self.committed_step)
+        yield gauge("checkpoint_committed_timestamp_seconds", "When it was committed", self.committed_at)
+        yield family(
+            GaugeMetricFamily,
+            "checkpoint_seconds",
+            "Of the last save, by what took it",
+            self.checkpoint_seconds,
+            "part",
+        )
 
     def _serve(self, port: int) -> None:
         from prometheus_client import CollectorRegistry, start_http_server

@@ -24,6 +24,8 @@ from trainer.schedule import lr_at
 if TYPE_CHECKING:
     import threading
 
+    from torch import Tensor, nn
+
     from datastore.batch import Batch
     from datastore.layout import Store
     from datastore.stream import Stream
@@ -33,8 +35,8 @@ if TYPE_CHECKING:
     from trainer.engine import Engine
     from trainer.metrics import TimeAccount
     from trainer.objectives.base import Objective, Terms
-    from trainer.runfolder import RunFolder
-    from trainer.saving import Saved
+    from trainer.runfolder import Record, RunFolder
+    from trainer.saving import Saved, Saver
 
 HELP = "train a recipe: one process of a run"
 
@@ -78,18 +80,25 @@ def pretrain(
     from datastore.objects import ObjectFolder
     from datastore.stream import open_stream
     from trainer.checkpoint import Identity, restore, start
-    from trainer.commits import due
+    from trainer.commits import committed_steps, due
+    from trainer.distributed import gather_reports
     from trainer.engine import build_engine, split_batch
     from trainer.export import network_description
     from trainer.fragments import check_layout
     from trainer.metrics import Means, TimeAccount
     from trainer.saving import Saver
 
-    account = TimeAccount()
-    account.add_earlier({"startup": time.time() - psutil.Process().create_time()})  # the imports
+    account, began_at = TimeAccount(), psutil.Process().create_time()
+    account.add_earlier({"startup": time.time() - began_at})  # the imports
     be_deterministic()
     split = split_batch(config.global_batch, world.size, config.engine.max_micro_batch)
     objective = build_objective(config, open_store(store_url(config)))
+    checkpoints = ObjectFolder(folder.checkpoints_url)
+    if (
+        config.start_from is not None
+        and gather_reports(committed_steps(checkpoints) if world.is_first else [])[0] == []
+    ):
+        load_first_weights(objective.encoder, config.start_from)
     if objective.compares_samples and split.accumulation > 1 and world.is_first:
         _logger.warning(
             "Objective %r compares the samples of %d at a time and not of the global batch of %d, which is accumulated: "
@@ -99,12 +108,12 @@ def pretrain(
     with ExitStack() as closing:
         engine = closing.enter_context(build_engine(objective, config.engine, world, split))
         check_layout(engine)
-        checkpoints = ObjectFolder(folder.checkpoints_url)
         identity = Identity(config.hash(), config.to_yaml())
         generation = start(engine, checkpoints)
         saver = closing.enter_context(Saver(engine, checkpoints, generation, config.checkpoint, identity))
         position, damaged = restore(engine, checkpoints, identity, generation, must_exist=must_exist)
-        account.add_earlier(position.totals)
+        events = gather_reports(folder.events() if world.is_first else [])[0]
+        account.add_earlier(earlier_seconds(folder, world, events, position, began_at))
         stream = open_stream(
             config.data,
             objective.batch_type,
@@ -120,7 +129,7 @@ def pretrain(
         closing.enter_context(stream)
         total_steps = config.total_steps(stream.steps_per_epoch)
         report = closing.enter_context(Report(config, folder, world, account, stream, position, total_steps))
-        report.started(damaged, network_description(objective.encoder, config))
+        report.started(damaged, network_description(objective.encoder, config), generation, events, saver)
 
         saved_at, figures = time.monotonic(), Means()
         account.enter("data_wait")
@@ -190,6 +199,20 @@ def pretrain(
                 )
         HEART.enter("finishing")
         report.finished(position)
+
+
+def earlier_seconds(
+    folder: "RunFolder", world: "World", events: "Sequence[Record]", position: "Position", began_at: float
+) -> dict[str, float]:
+    """Where the time of earlier starts went, as rank 0 knows it; the same on every rank."""
+    from trainer.distributed import gather_reports
+    from trainer.history import account_so_far, last_metrics, was_stopped
+
+    mine: dict[str, float] = {}
+    if world.is_first:
+        records = [*events, *last_metrics(folder.url)]
+        mine = account_so_far(records, position.totals, began_at, was_stopped=was_stopped(events))
+    return gather_reports(mine)[0]
 
 
 def next_batches(steps: "Iterator[list[Batch]]") -> "list[Batch] | Exception | None":
@@ -291,12 +314,12 @@ class Report:
         position: "Position",
         total_steps: int,
     ) -> None:
-        from trainer.metrics import Exporter
+        from trainer.metrics import Exporter, Reads
 
         self._config, self._folder, self._world = config, folder, world
         self._account, self._stream, self._total_steps = account, stream, total_steps
         self._exporter = Exporter(config.metrics, world, folder.name, account)
-        self._exporter.reads = lambda: (stream.bytes_read, stream.batches_ready)
+        self._exporter.reads = lambda: Reads(stream.bytes_read, stream.batches_ready, stream.retries, stream.cache_hits)
         self._resumed_from = position
         self._progress = None
         if world.is_first:
@@ -315,8 +338,20 @@ class Report:
         self._folder.flush()
         self._exporter.close()
 
-    def started(self, damaged: Sequence[str], network: Mapping[str, Any]) -> None:
+    def started(
+        self,
+        damaged: Sequence[str],
+        network: Mapping[str, Any],
+        generation: int,
+        events: "Sequence[Record]",
+        saver: "Saver",
+    ) -> None:
         """Notes the start, and loudly each checkpoint that had to be passed over."""
+        from trainer.history import restarts_by_cause
+
+        self._exporter.generation = generation
+        self._exporter.uploaded_bytes = lambda: saver.bytes_written
+        self._exporter.committed_step = self._resumed_from.step
         if not self._world.is_first:
             return
         if not self._folder.exists():
@@ -327,10 +362,13 @@ class Report:
         self._folder.append_event(
             "started",
             world=self._world.size,
+            generation=generation,
             resumed_from=self._resumed_from.step,
             total_steps=self._total_steps,
             zero_stage=self._config.engine.zero_stage,
+            account=self._account.seconds,
         )
+        self._exporter.restarts = restarts_by_cause([*events, {"event": "started"}])
 
     def step(self, position: "Position", terms: dict[str, float], lr: float, grad_norm: float) -> None:
         """Shows a finished step, and writes its line where one is due."""
@@ -349,21 +387,28 @@ class Report:
             grad_norm=grad_norm,
             samples_per_second=(position.samples_seen - self._line_samples) / seconds,
             data_wait_share=(wait - self._line_wait) / seconds,
+            phases=self._account.phases(),
         )
         self._line_at, self._line_samples, self._line_wait = now, position.samples_seen, wait
         self._exporter.observe(figures, position.samples_seen)
         if self._progress is not None:
-            self._folder.append_metrics(figures.record())
+            self._folder.append_metrics(figures.record() | self._account_of_line())
             rate, share = f"{figures.samples_per_second:.0f}", f"{100 * figures.data_wait_share:.0f}%"
             self._progress.update(position.step, loss=figures.loss, **{"samples/s": rate, "data wait": share})
 
     def saved(self, saved: "Sequence[Saved]") -> None:
         """Notes checkpoints that were committed."""
         for each in saved:
-            self._exporter.saved(each.step, each.num_bytes)
+            self._exporter.saved(each.step, each.stall_seconds, each.seconds)
             self._folder.append_event(
                 "saved", step=each.step, seconds=each.seconds, stall_seconds=each.stall_seconds, bytes=each.num_bytes
             )
+
+    def _account_of_line(self) -> dict[str, Any]:
+        """From which the next start, after whatever ends this one, knows where the time went."""
+        from trainer.history import ACCOUNT
+
+        return {ACCOUNT: {bucket: round(spent, 3) for bucket, spent in self._account.seconds.items() if spent > 0}}
 
     def unreadable(self, position: "Position") -> None:
         """Notes that the run stopped because its data could not be read."""
@@ -378,7 +423,7 @@ class Report:
     def stopped(self, position: "Position") -> None:
         """Notes that the run stopped before its end."""
         if self._world.is_first:
-            self._folder.append_event("stopped", step=position.step)
+            self._folder.append_event("stopped", step=position.step, **self._account_of_line())
 
     def finished(self, position: "Position") -> None:
         """Exports what was trained and notes the end; a run that had finished before is left as it is."""
@@ -386,7 +431,9 @@ class Report:
 
         if self._world.is_first and not self._folder.is_finished():
             export_run(self._folder, position.step, self._folder.export_url)
-            self._folder.append_event("finished", step=position.step, seconds=self._account.seconds)
+            self._folder.append_event(
+                "finished", step=position.step, seconds=self._account.seconds, **self._account_of_line()
+            )
 
 
 def config_at(url: str) -> "RunConfig":
@@ -430,6 +477,29 @@ def build_objective(config: "RunConfig", store: "Store") -> "Objective[Any]":
     taught = {name: TaughtFields(teacher.image_size, teacher.fields) for name, teacher in teachers.items()}
     corpus = Corpus(facts.class_names, facts.num_views, facts.image_size, facts.part_names, dims, taught)
     return config.objective.build(student, corpus)
+
+
+def load_first_weights(encoder: "nn.Module", url: str) -> None:
+    """Gives the encoder of a fresh run the weights of another's: of a run, one of its checkpoints, or an export."""
+    from trainer.encoders import find_encoder
+
+    theirs, ours = find_encoder(url).encoder.state_dict(), encoder.state_dict()
+    differing = [
+        f"{name} is {_shape(theirs, name)} there and {_shape(ours, name)} here"
+        for name in {**ours, **theirs}
+        if _shape(theirs, name) != _shape(ours, name)
+    ]
+    if differing:
+        more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise DoNotRetry(
+            f"start_from={url} holds another network than this recipe trains: {'; '.join(differing[:3])}{more}. Give "
+            f"the recipe the 'student' section of that training, or start from another one."
+        )
+    encoder.load_state_dict(theirs)
+
+
+def _shape(state: "Mapping[str, Tensor]", name: str) -> str:
+    return str(list(state[name].shape)) if name in state else "absent"
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -30,9 +30,10 @@ def train_a_bit(run: RunFolder) -> None:
     run.append_event("launch_started", nodes=2)
     run.append_event("started", total_steps=400, world=2)
     figures = {"loss": 1.23456, "samples_per_second": 310.4, "data_wait_share": 0.031}
-    run.append_metrics({"step": 120, **figures})
+    run.append_metrics({"step": 120, "account": {"forward": 3.0, "data_wait": 2.0}, **figures})
     run.append_event("saved", step=100, seconds=0.1)
-    run.append_event("workers_ended", node=1, exit_codes={"1": -9}, restarts_left=2, logs=[])
+    run.append_event("restart", cause="worker_killed", generation=2)
+    run.append_event("started", total_steps=400, world=2)
 
 
 def test_a_run_that_is_worked_on_shows_how_far_it_is(run: RunFolder) -> None:
@@ -43,7 +44,8 @@ def test_a_run_that_is_worked_on_shows_how_far_it_is(run: RunFolder) -> None:
     me = f"process {os.getpid()} on {socket.gethostname()}"
     assert lines == [
         f"{run.url} (tiny): running, {me}, at step 'pretrain'",
-        "  pretrain: step 120 of 400, loss 1.235, 310 samples/s, data wait 3%, 5 s ago, saved at step 100, 1 restarts",
+        "  pretrain: step 120 of 400, loss 1.235, 310 samples/s, data wait 3%, 5 s ago, saved at step 100 5 s ago, "
+        "60% of the time in steps that count, started again: 1 worker_killed",
     ]
 
 

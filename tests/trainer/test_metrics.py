@@ -8,7 +8,7 @@ import pytest
 
 from datastore.errors import DoNotRetry
 from trainer.distributed import World
-from trainer.metrics import Exporter, MetricsConfig, StepFigures, TimeAccount
+from trainer.metrics import Exporter, Means, MetricsConfig, Reads, StepFigures, TimeAccount
 
 
 @pytest.fixture
@@ -41,13 +41,35 @@ def test_the_account_goes_on_where_an_earlier_start_ended() -> None:
     assert sum(account.seconds.values()) == 6.0
 
 
+def test_phases_are_what_was_spent_since_they_were_last_asked_for() -> None:
+    ticks = _clock(0.0, 1.0, 4.0, 4.5, 6.0)
+    account = TimeAccount(clock=lambda: next(ticks))
+    account.add_earlier({"down": 100.0})
+    account.enter("forward")
+    assert account.phases() == {"startup": 1.0, "forward": 3.0}
+    account.enter("backward")
+    assert account.phases() == {"forward": 0.5, "backward": 1.5}
+
+
+def test_means_begin_anew_when_they_are_taken() -> None:
+    means = Means()
+    means.add({"loss": 1.0})
+    means.add({"loss": 2.0})
+    assert means.take() == {"loss": 1.5}
+    means.add({"loss": 7.0})
+    assert means.take() == {"loss": 7.0} and means.take() == {}
+
+
 def test_a_scrape_finds_each_ranks_figures_on_its_own_port(port: int) -> None:
     texts = []
     for rank in (0, 1):
         world = World(rank, 2, local_rank=rank)
         exporter = Exporter(MetricsConfig(port=port), world, "demo-1", TimeAccount())
         exporter.observe(StepFigures(step=7, loss=1.5, terms={"task": 0.5, "alignment": 1.0}, lr=0.1), 448)
-        exporter.saved(5, 1000)
+        exporter.saved(5, 0.1, 2.0)
+        exporter.restarts = {"worker_killed": 2}
+        exporter.uploaded_bytes = lambda: 1000
+        exporter.reads = lambda: Reads(bytes_read=5, batches_ready=2, retries=3, cache_hits=4)
         with urllib.request.urlopen(f"http://127.0.0.1:{port + rank}/metrics", timeout=5) as response:
             texts.append(response.read().decode())
         exporter.close()
@@ -55,6 +77,12 @@ def test_a_scrape_finds_each_ranks_figures_on_its_own_port(port: int) -> None:
     assert 'viewpoint_loss{rank="0",run="demo-1",term="alignment"} 1.0' in first
     assert 'viewpoint_samples_total{rank="0",run="demo-1"} 448.0' in first
     assert 'viewpoint_checkpoint_committed_step{rank="0",run="demo-1"} 5.0' in first
+    assert 'viewpoint_restarts_total{cause="worker_killed",rank="0",run="demo-1"} 2.0' in first
+    assert 'viewpoint_checkpoint_seconds{part="stall",rank="0",run="demo-1"} 0.1' in first
+    assert "viewpoint_goodput_ratio" in first and "viewpoint_goodput_ratio" not in second
+    assert 'viewpoint_data_retries_total{rank="1",run="demo-1"} 3.0' in second
+    assert 'viewpoint_data_cache_hits_total{rank="1",run="demo-1"} 4.0' in second
+    assert 'viewpoint_checkpoint_bytes_total{rank="1",run="demo-1"} 1000.0' in second
     assert 'viewpoint_time_seconds_total{bucket="startup",rank="1",run="demo-1"}' in second
     assert "viewpoint_loss" not in second, "the loss is the same everywhere and comes from rank 0"
     for text in texts:

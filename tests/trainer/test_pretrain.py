@@ -3,11 +3,13 @@
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,16 @@ import pytest
 import torch
 
 import models
-from datastore.errors import EXIT_STOPPED, AskedWrongly, DoNotRetry, Stopped
+from datastore.errors import EXIT_STOPPED, AskedWrongly, DoNotRetry, Stopped, StoreError
 from datastore.layout import create_teacher, open_store
+from datastore.stream import Stream
 from datastore.write import BlockWriter, publish
 from tests.ranks import run_ranks
 from tests.stores import sample_arrays, small_teacher, write_blocks, write_small_store
 from trainer.commits import committed_steps
 from trainer.config import RunConfig, read_config
 from trainer.distributed import World
-from trainer.pretrain import config_at, pretrain, run, step_seed
+from trainer.pretrain import build_objective, config_at, load_first_weights, pretrain, run, step_seed
 from trainer.runfolder import RunFolder
 
 STEPS = 8
@@ -102,6 +105,9 @@ def test_a_run_trains_saves_exports_and_says_so(store_url: str, tmp_path: Path) 
     assert 0 <= lines[-1]["data_wait_share"] <= 1 and lines[-1]["samples_per_second"] > 0
     finished = folder.last_event("finished")
     assert finished is not None and finished["seconds"]["forward"] > 0
+    wall_seconds = finished["time"] - (folder.events()[0]["time"] - sum(folder.events()[0]["account"].values()))
+    assert sum(finished["account"].values()) == pytest.approx(wall_seconds, rel=0.01)
+    assert lines[-1]["phases"]["forward"] > 0
     encoder = models.load(folder.export_url)
     assert encoder.encode(torch.rand(2, 20, 3)).isfinite().all()
     before = _losses(url)
@@ -131,6 +137,7 @@ def test_stopping_and_resuming_gives_the_figures_of_a_straight_run_to_the_last_b
     events = RunFolder(stopped).events()
     assert [event["event"] for event in events] == ["started", "saved", "stopped", "started", "saved", "finished"]
     assert events[3]["resumed_from"] == 3 and events[3]["world"] == 2
+    assert [events[0]["generation"], events[3]["generation"]] == [1, 2]
 
 
 def test_a_run_goes_on_with_fewer_processes_and_another_stage(store_url: str, tmp_path: Path) -> None:
@@ -139,6 +146,57 @@ def test_a_run_goes_on_with_fewer_processes_and_another_stage(store_url: str, tm
     assert run_ranks(_pretrain, _config(store_url, engine={"zero_stage": 0}), url, world=1) == [None]
     assert [step for step, *_ in _losses(url)] == list(range(1, STEPS + 1))
     assert RunFolder(url).is_finished()
+
+
+def _pretrain_until_unreadable(config: RunConfig, run_url: str, good_steps: int) -> str | None:
+    """Rank 1 meets a shard that is damaged after some steps."""
+    steps, is_affected = Stream.steps, World.from_env().rank == 1
+
+    def failing(stream: Stream[Any], count: int) -> Iterator[Any]:
+        for number, batches in enumerate(steps(stream, count)):
+            if is_affected and number == good_steps:
+                raise StoreError("points/c/0: it is damaged")
+            yield batches
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stream, "steps", failing)
+        return _pretrain(config, run_url)
+
+
+@pytest.mark.parametrize("good_steps", [0, 3])
+def test_data_that_cannot_be_read_stops_all_ranks_after_a_checkpoint(
+    good_steps: int, store_url: str, tmp_path: Path
+) -> None:
+    url = str(tmp_path / "run")
+    first, second = run_ranks(_pretrain_until_unreadable, _config(store_url), url, good_steps)
+    assert (
+        first == "DoNotRetry: Rank 1: points/c/0: it is damaged" and second == "StoreError: points/c/0: it is damaged"
+    )
+    assert committed_steps_of(url) == [3] * (good_steps > 0)
+    if good_steps:
+        event = RunFolder(url).last_event()
+        assert event is not None and event["event"] == "unreadable" and event["step"] == 3
+        assert run_ranks(_pretrain, _config(store_url), url) == [None, None], "once that is mended it goes on"
+
+
+def test_fine_tuning_begins_with_another_runs_encoder_and_is_another_training(store_url: str, tmp_path: Path) -> None:
+    base = _config(store_url, steps=2)
+    assert run_ranks(_pretrain, base, str(tmp_path / "base"), world=1) == [None]
+    theirs = models.load(f"{tmp_path}/base/export").network.state_dict()
+    for source in (f"{tmp_path}/base", f"{tmp_path}/base/export", f"{tmp_path}/base/checkpoints/step-00000002"):
+        tuned = _config(store_url, start_from=source, steps=1)
+        assert tuned.hash() != base.hash()
+        objective = build_objective(tuned, open_store(store_url))
+        load_first_weights(objective.encoder, source)
+        assert all(torch.equal(value, theirs[name]) for name, value in objective.encoder.state_dict().items())
+    other = _config(store_url, start_from=f"{tmp_path}/base", student={"width": 0.125}, steps=2)
+    (message,) = run_ranks(_pretrain, other, str(tmp_path / "other"), world=1)
+    assert message is not None and "holds another network" in message and "there and [" in message
+    tuned = _config(store_url, start_from=f"{tmp_path}/base", steps=2)
+    assert run_ranks(_pretrain, tuned, str(tmp_path / "tuned"), world=1) == [None]
+    assert _losses(str(tmp_path / "tuned"))[0][1] != _losses(str(tmp_path / "base"))[0][1]
+    shutil.rmtree(tmp_path / "base")
+    assert run_ranks(_pretrain, tuned, str(tmp_path / "tuned"), world=1) == [None], "resuming needs its start no more"
 
 
 def test_a_damaged_checkpoint_is_passed_over_loudly(store_url: str, tmp_path: Path) -> None:
