@@ -6,9 +6,15 @@ A cell is payload/source/workers. Payloads: points (8192 x 3 float32), views (4 
 (12 x 768 float16); every system gets the same samples in its own format, views both raw and by zstd where it has the
 choice, and the faster of the two counts. Sources: a local disk, a server on loopback, and the same server 25 ms and
 100 MB/s a connection away. A run is a process of its own that reads one shuffled epoch in batches of 64 and checks that
-every sample came; runs of different systems take turns. The rate counts from the first batch to the last, so that a
+every sample came; runs of different systems take turns. The rate counts from a quarter of the epoch to its end, so that a
 slow start does not weigh on it; the start is a figure of its own. Ours reads with threads of the training process, so it
-is the same run that stands against 0 and against 2 worker processes of the peers. See `readers/` for the parts.
+is the same run that stands against 0 and against 2 worker processes of the peers. The first repeat measures everything;
+a peer that was then less than half as fast as the best of its cell, and took twice as much processor time as the
+thriftiest, is not measured again. See `readers/` for the parts.
+
+All of it takes about twenty minutes on two quiet cores, and some eight with --quick, of which a few go to the files that the
+systems read: --folder keeps those for the next time (9 GB), and --repeats 0 only writes them. --cells takes some cells by
+themselves.
 
 The peers need older packages than the project's own, so they live in an environment of their own:
 
@@ -35,7 +41,7 @@ from typing import Any, Final
 import numpy as np
 from readers.epochs import PART_BYTES, Run
 from readers.object_server import running_server
-from readers.payloads import BATCH, PAYLOADS, Payload, make_shapes, systems_of, with_samples, write
+from readers.payloads import BATCH, PAYLOADS, Payload, make_shapes, systems_of, write
 
 from datastore.fetch import FetchConfig
 from datastore.order import Lanes, Order
@@ -47,14 +53,15 @@ LATENCY_SECONDS, BYTES_PER_SECOND = 0.025, 100e6  # of the slow server
 STEP_SECONDS, STEP_BATCH = 0.025, 32
 SOURCES: Final = ("local", "fast", "slow")
 WORKERS: Final = (0, 2)
-RUN_TIMEOUT_SECONDS: Final = 90
+RUN_TIMEOUT_SECONDS: Final = 60  # without a first batch, or before its first quarter is read
+LIMIT_SECONDS: Final = {"full": 8.0, "quick": 3.0}  # of one run; its rate is of what came by then
+CONTENDS: Final = 2.0
 
 SETTINGS: Final[dict[str, dict[str, Any]]] = {
-    # Less memory than the samples take, so that an epoch is read and not remembered. Units of 64 as by default would be
-    # 39 MB of images each.
-    "points": {"memory_gib": 0.25},
-    "views": {"memory_gib": 0.3, "unit_samples": 16},
-    "features": {"memory_gib": 0.1},
+    # Less memory than the samples take, so that an epoch is read and not remembered.
+    "points": {"memory_gib": 0.3},
+    "views": {"memory_gib": 0.6, "unit_samples": 16},
+    "features": {"memory_gib": 0.3},
 }
 
 SPEED_GEOMETRIC_MEAN = 2.0
@@ -64,19 +71,33 @@ CPU_GEOMETRIC_MEAN = 0.5
 DATA_WAIT_SHARE = 0.02
 FIRST_BATCH_SECONDS = 0.5 + 2 * LATENCY_SECONDS
 OPENING_SECONDS, OPENING_MB = 0.05, 50.0
-# data.memory_gib bounds decoded units. Beside them there are batches ready, requests under way, and the S3 client.
-MIB_BEYOND_THE_BOUND = 256.0
-MIXED_ROWS = 2**17
+# data.memory_gib bounds what a process holds of samples. Beside it there are threads, their stacks, and the S3 client.
+MIB_BEYOND_THE_BOUND = 100.0
+MIXED_ROWS, MIXED_UNIT_SAMPLES = 2**17, 32  # units as of points
 
 
 class Race:
     """Runs systems in processes of their own and keeps what they measured."""
 
-    def __init__(self, folder: Path, peers: Path, payloads: dict[str, Payload], servers: dict[str, str]) -> None:
+    def __init__(
+        self, folder: Path, peers: Path, payloads: dict[str, Payload], servers: dict[str, str], limit_seconds: float
+    ) -> None:
         self.folder, self.peers, self.payloads, self.servers = folder, peers, payloads, servers
+        self.limit_seconds = limit_seconds
         self.measured: dict[tuple[str, str, str, int], list[dict[str, float] | None]] = {}
         self.waits: dict[str, list[dict[str, float] | None]] = {}
         self.failures: list[str] = []
+        self._runners: dict[str, subprocess.Popen[str]] = {}
+
+    def __enter__(self) -> "Race":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for runner in self._runners.values():
+            assert runner.stdin is not None and runner.stdout is not None
+            runner.stdin.close()
+            runner.wait(10)
+            runner.stdout.close()
 
     def epoch(self, payload: str, source: str, system: str, workers: int) -> None:
         """One epoch, as fast as it goes."""
@@ -87,6 +108,18 @@ class Race:
         """An epoch of points from the slow server, a batch each 25 ms."""
         found = self._run("points", "slow", system, workers, step_seconds=STEP_SECONDS, batch=STEP_BATCH)
         self.waits.setdefault(system, []).append(found)
+
+    def contends(self, payload: str, source: str, system: str, workers: int) -> bool:
+        """Whether a peer may still be the best of its cell in something."""
+        for figure, better in (("samples_per_second", max), ("cpu_microseconds_a_sample", min)):
+            found = {
+                peer: value
+                for peer in peers_of(payload, source)
+                if (value := self.median(payload, source, peer, workers, figure))
+            }
+            if system in found and CONTENDS > found[system] / better(found.values()) > 1 / CONTENDS:
+                return True
+        return False
 
     def _run(self, payload: str, source: str, system: str, workers: int, **changes: Any) -> dict[str, float] | None:
         """Figures of one run; None where it failed, which the list of failures explains."""
@@ -101,25 +134,54 @@ class Race:
                 server_url=self.servers[source],
                 connections=FetchConfig().requests_far if source == "slow" else FetchConfig().requests_near,
                 settings=json.dumps(SETTINGS[payload]),
+                limit_seconds=self.limit_seconds,
                 **changes,
             )
             where = f"{payload}/{source}/{workers} by {system}"
             print(where, end=" ", file=sys.stderr, flush=True)
-            try:
-                answer = self.call(system, "readers.epochs", json.dumps(asdict(run)), server_url=run.server_url)
-            except RuntimeError as error:
-                self.failures.append(f"{where}: {error}")
-                print(error, file=sys.stderr)
-                return None
-        figures: dict[str, float] = json.loads(answer.splitlines()[-1])
-        del figures["run"]
+            figures = self._answer(run)
+        if "error" in figures:
+            self.failures.append(f"{where}: {figures['error']}")
+            print(figures["error"], file=sys.stderr)
+            return None
         print(f"{figures['samples_per_second']:,.0f}/s", file=sys.stderr)
         return figures
 
-    def call(self, system: str, module: str, *words: str, server_url: str = "") -> str:
+    def _answer(self, run: Run) -> dict[str, Any]:
+        """What the process that has the run's system says of it."""
+        whose = "ours" if run.system in ("ours", "plain") else "peers"
+        if whose not in self._runners:
+            systems = ("ours", "plain") if whose == "ours" else ("mosaicml", "litdata", "webdataset")
+            self._runners[whose] = subprocess.Popen(
+                [self._python(whose), "-m", "readers.epochs", *systems], env=self._environment(), text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+        runner = self._runners[whose]
+        assert runner.stdin is not None and runner.stdout is not None
+        where = {"AWS_ENDPOINT_URL": run.server_url, "S3_ENDPOINT_URL": run.server_url} if run.server_url else {}
+        asked = {"run": asdict(run), "environment": where, "timeout_seconds": RUN_TIMEOUT_SECONDS}
+        runner.stdin.write(json.dumps(asked) + "\n")
+        runner.stdin.flush()
+        answer = runner.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{self._python(whose)} -m readers.epochs ended; run it by hand to see why")
+        found: dict[str, Any] = json.loads(answer)
+        return found
+
+    def call(self, system: str, module: str, *words: str) -> str:
         """What a module prints, run by the interpreter that has the system."""
-        python = sys.executable if system in ("ours", "plain") else str(self.peers)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | {
+        command = [self._python("ours" if system == "ours" else "peers"), "-m", module, *words]
+        done = subprocess.run(command, env=self._environment(), capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise SystemExit(f"{' '.join(command)}: {last}")
+        return done.stdout
+
+    def _python(self, whose: str) -> str:
+        return sys.executable if whose == "ours" else str(self.peers)
+
+    def _environment(self) -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | {
             "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "benchmarks")]),
             "OMP_NUM_THREADS": "1",  # as torchrun sets it
             "NO_PROXY": "127.0.0.1",
@@ -130,20 +192,6 @@ class Race:
             "AWS_SHARED_CREDENTIALS_FILE": str(self.folder / "absent"),
             "AWS_EC2_METADATA_DISABLED": "true",
         }
-        if server_url:
-            environment |= {"AWS_ENDPOINT_URL": server_url, "S3_ENDPOINT_URL": server_url}
-        with subprocess.Popen(
-            [python, "-m", module, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, start_new_session=True,
-        ) as process:  # fmt: skip
-            try:
-                out, errors = process.communicate(timeout=RUN_TIMEOUT_SECONDS)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)  # its workers too
-                raise RuntimeError(f"took more than {RUN_TIMEOUT_SECONDS} s") from None
-        if process.returncode:
-            raise RuntimeError((errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1])
-        return out
 
     def median(self, payload: str, source: str, system: str, workers: int, figure: str) -> float | None:
         """Of all repeats that succeeded."""
@@ -163,13 +211,14 @@ def peers_of(payload: str, source: str) -> list[str]:
 
 
 @contextmanager
-def prepared(folder: Path, peers: Path, payloads: dict[str, Payload]) -> Iterator[Race]:
+def prepared(folder: Path, peers: Path, payloads: dict[str, Payload], limit_seconds: float) -> Iterator[Race]:
     """Every format of every payload written and in the page cache, and the servers up."""
     make_shapes(folder)
     with ExitStack() as stack:
         fast = stack.enter_context(running_server(folder))
         slow = stack.enter_context(running_server(folder, LATENCY_SECONDS, BYTES_PER_SECOND))
-        race = Race(folder, peers, payloads, {"local": "", "fast": fast, "slow": slow})
+        servers = {"local": "", "fast": fast, "slow": slow}
+        race = stack.enter_context(Race(folder, peers, payloads, servers, limit_seconds))
         for payload in payloads.values():
             for system in systems_of(payload.name):
                 print(f"writing {payload.name} for {system}", file=sys.stderr)
@@ -196,10 +245,11 @@ def run_all(race: Race, cells: list[tuple[str, str, int]], repeats: int) -> None
             race.epoch(payload, source, "ours", 0)
             for system in peers_of(payload, source):
                 for number in workers:
-                    race.epoch(payload, source, system, number)
+                    if not repeat or race.contends(payload, source, system, number):
+                        race.epoch(payload, source, system, number)
         if any(cell[:2] == ("points", "slow") for cell in cells):
             race.steps("ours", 0)
-            for system in peers_of("points", "slow"):
+            for system in peers_of("points", "slow") if not repeat else ():
                 race.steps(system, 2)
 
 
@@ -223,10 +273,11 @@ def compare(race: Race, cells: list[tuple[str, str, int]]) -> dict[str, dict[str
             "peers": peers,
             "plain_samples_per_second": plain,
             "fastest_peer": fastest,
-            "speed_ratio": ratio(ours["samples_per_second"], peers[fastest]["samples_per_second"]),
+            # where ours failed it is no faster than anything
+            "speed_ratio": ratio(ours["samples_per_second"] or 1e-9, peers[fastest]["samples_per_second"]),
             "thriftiest_peer": thriftiest,
             "cpu_ratio": ratio(ours["cpu_microseconds_a_sample"], peers[thriftiest]["cpu_microseconds_a_sample"]),
-            "share_of_plain": ratio(ours["samples_per_second"], plain),
+            "share_of_plain": ratio(ours["samples_per_second"] or 1e-9, plain),
         }
     return table
 
@@ -244,7 +295,7 @@ def geometric_mean(values: list[float]) -> float | None:
 def mixture() -> dict[str, dict[str, float]]:
     """How well the default lanes and windows mix a corpus sorted by class, beside a permutation of all its rows."""
     config = StreamConfig()
-    order = Order(MIXED_ROWS, config.unit_samples, config.window_units, seed=0)
+    order = Order(MIXED_ROWS, MIXED_UNIT_SAMPLES, config.window_units, seed=0)
     lanes = Lanes(MIXED_ROWS, BATCH, config.lanes)
     batch, offset = np.divmod(np.arange(lanes.num_batches * BATCH, dtype=np.int64), BATCH)
     random = np.random.default_rng(0)
@@ -260,7 +311,7 @@ def mixture() -> dict[str, dict[str, float]]:
         in_batches = rows.reshape(-1, BATCH)
         counts = np.stack([np.bincount(classes, minlength=41) for classes in class_of_row[in_batches]])[:, :40]
         expected = BATCH * np.bincount(class_of_row, minlength=41)[:40] / MIXED_ROWS
-        close = np.abs(in_batches[:, :, None] - in_batches[:, None, :]) < config.unit_samples
+        close = np.abs(in_batches[:, :, None] - in_batches[:, None, :]) < MIXED_UNIT_SAMPLES
         found[name] = {
             "neighbour_distance": float(np.abs(np.diff(rows)).mean() / MIXED_ROWS),  # 1/3 when nothing is left of order
             "close_pairs": float((close.sum() - rows.size) / (in_batches.size * (BATCH - 1))),
@@ -386,10 +437,10 @@ def peer_versions(peers: Path) -> dict[str, str]:
 def main() -> int:
     """Measures, prints the tables and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a quarter of the samples and one repeat: rough figures")
+    parser.add_argument("--quick", action="store_true", help="one repeat of short runs: rough figures")
     parser.add_argument("--cells", nargs="+", default=["*"], metavar="PATTERN", help="as in 'points/*' or '*/slow/2'")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="keep the samples here for the next run (4 to 12 GB)")
+    parser.add_argument("--folder", type=Path, help="keep the samples here for the next run (9 GB)")
     default_peers = REPOSITORY / ".venv-bench" / "bin" / "python"
     parser.add_argument(
         "--peers", type=Path, metavar="PYTHON", default=default_peers if default_peers.exists() else Path(sys.executable),
@@ -411,13 +462,12 @@ def main() -> int:
     versions = {package: version(package) for package in ("torch", "numpy", "zarr", "s3fs")}
     versions |= peer_versions(arguments.peers)
     payloads = {name: PAYLOADS[name] for name in dict.fromkeys(payload for payload, *_ in cells)}
-    if arguments.quick:
-        payloads = {name: with_samples(payload, payload.num_samples // 4) for name, payload in payloads.items()}
     load_before = os.getloadavg()[0]
     with ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        race = stack.enter_context(prepared(folder.resolve(), arguments.peers, payloads))
+        limit_seconds = LIMIT_SECONDS["quick" if arguments.quick else "full"]
+        race = stack.enter_context(prepared(folder.resolve(), arguments.peers, payloads, limit_seconds))
         run_all(race, cells, 1 if arguments.quick else arguments.repeats)
         opening = json.loads(race.call("ours", "readers.giant"))
         compressed = compressed_times(race.folder, payloads["views"]) if "views" in payloads else None

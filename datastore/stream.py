@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -362,7 +361,7 @@ class _Plan(NamedTuple):
 
     epoch: int
     samples: Int64[np.ndarray, " m"]
-    windows: tuple[int, ...]  # of the epoch's order, in which the samples lie
+    windows: dict[int, list[int]]  # of the epoch's order, in which the samples lie, and their units
 
 
 def _plans(order: Order, lanes: Lanes, shares: _Shares, first_step: int) -> Iterator[_Plan]:
@@ -376,8 +375,12 @@ def _plans(order: Order, lanes: Lanes, shares: _Shares, first_step: int) -> Iter
         batches = np.arange(batch, end, dtype=np.int64)[:, None, None]
         positions = lanes.positions(batches, offsets).reshape(-1, shares.micro_batch)
         samples, windows = order.samples(epoch, positions), order.windows(epoch, positions)
-        for ours, theirs in zip(samples, windows, strict=True):
-            yield _Plan(epoch, ours, tuple(int(window) for window in np.unique(theirs)))
+        every = np.unique(windows)
+        units = dict(
+            zip(every.tolist(), (found.tolist() for found in order.units_of_windows(epoch, every)), strict=True)
+        )
+        for ours, theirs in zip(samples, windows.tolist(), strict=True):
+            yield _Plan(epoch, ours, {window: units[window] for window in sorted(set(theirs))})
         step += end - batch
 
 
@@ -393,7 +396,6 @@ class _Samples:
 
     def __init__(self, rows: Rows, readers: dict[str, ShardReader], order: Order) -> None:
         self.rows, self.readers, self.order = rows, readers, order
-        self._units_of_window = lru_cache(maxsize=4096)(self._window_units)  # asked for with every micro-batch
 
     def span(self, unit: int) -> tuple[int, int]:
         """First sample of a unit, and the one after its last."""
@@ -413,19 +415,12 @@ class _Samples:
     def bytes_while_read(self, reader: ShardReader) -> int:
         """Memory that a unit of one field takes until it is decoded, about: whole chunks, and rows in between."""
         first, last = self.rows[np.array([0, len(self.rows) - 1], dtype=np.int64)]
-        rows = self.order.unit_samples * int(last - first + 1) / len(self.rows) + reader.chunk_rows
+        rows = self.order.unit_samples * int(last - first + 1) / len(self.rows) + 2 * reader.chunk_rows
         return math.ceil(rows * reader.encoded_row_bytes) + reader.chunk_rows * reader.row_bytes
 
     def read(self, field: str, unit: int) -> np.ndarray:
         """One field of a unit."""
         return self.readers[field].read(self.rows[np.arange(*self.span(unit), dtype=np.int64)])
-
-    def units_of(self, epoch: int, windows: Iterable[int]) -> list[int]:
-        """Units that hold the samples of some windows."""
-        return [unit for window in windows for unit in self._units_of_window(epoch, window)]
-
-    def _window_units(self, epoch: int, window: int) -> tuple[int, ...]:
-        return tuple(int(unit) for unit in self.order.window_units(epoch, window))
 
 
 @dataclass(frozen=True)
@@ -448,31 +443,62 @@ class _UnitMemory:
         self._plans = plans
         self._plans_ahead = plans_ahead
         self._coming: deque[_Plan] = deque()
-        self._needed: Counter[int] = Counter()  # units, by how many of the plans from the entered one on need them
-        self._to_load: deque[int] = deque()  # units, in the order in which they are needed
         self._entered: _Plan | None = None
-        self._held: OrderedDict[int, _Held] = OrderedDict()  # what was used longest ago comes first
+        # how many of the plans from the entered one on need a window, and how many of those windows a unit
+        self._needed_windows: Counter[tuple[int, int]] = Counter()
+        self._needed: Counter[int] = Counter()
+        self._to_load: deque[int] = deque()  # units, in the order in which they are needed
+        self._held: dict[int, _Held] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # held, and no plan needs them; longest unused first
         self._pool = ThreadPoolExecutor(memory.num_readers, thread_name_prefix="stream-units")
 
     def enter_next_plan(self) -> _Plan:
         """The next micro-batch; its units are on their way, and so are as many of those after it as there is room for."""
+        before: set[tuple[int, int]] = set()
         if self._entered is not None:
-            self._needed.subtract(self._samples.units_of(self._entered.epoch, self._entered.windows))
-            self._needed += Counter()  # drops the zeros
+            before = {(self._entered.epoch, window) for window in self._entered.windows}
+            self._release(self._entered)
         while len(self._coming) <= self._plans_ahead:
             plan = next(self._plans)
-            units = self._samples.units_of(plan.epoch, plan.windows)
-            self._to_load.extend(unit for unit in units if not self._needed[unit])
-            self._needed.update(units)
+            self._expect(plan)
             self._coming.append(plan)
-        self._entered = self._coming.popleft()
-        entered = self._samples.units_of(self._entered.epoch, self._entered.windows)
-        for unit in entered:
-            loaded = self._load(unit, must=True, besides=entered)
-            assert loaded, "_check_memory saw to it that the units of one micro-batch fit"
-        while self._to_load and self._load(self._to_load[0], must=False, besides=entered):
+        entered = self._entered = self._coming.popleft()
+        for window, units in entered.windows.items():
+            if (entered.epoch, window) not in before:
+                for unit in units:
+                    loaded = unit in self._held or self._load(unit, must=True)
+                    assert loaded, "_Memory saw to it that the units of one micro-batch fit"
+        while self._to_load and (
+            self._to_load[0] in self._held
+            or not self._needed[self._to_load[0]]
+            or self._load(self._to_load[0], must=False)
+        ):
             self._to_load.popleft()
-        return self._entered
+        return entered
+
+    def _expect(self, plan: _Plan) -> None:
+        for window, units in plan.windows.items():
+            self._needed_windows[plan.epoch, window] += 1
+            if self._needed_windows[plan.epoch, window] > 1:
+                continue
+            for unit in units:
+                self._needed[unit] += 1
+                self._idle.pop(unit, None)
+                if self._needed[unit] == 1 and unit not in self._held:
+                    self._to_load.append(unit)
+
+    def _release(self, plan: _Plan) -> None:
+        for window, units in plan.windows.items():
+            self._needed_windows[plan.epoch, window] -= 1
+            if self._needed_windows[plan.epoch, window]:
+                continue
+            del self._needed_windows[plan.epoch, window]
+            for unit in units:
+                self._needed[unit] -= 1
+                if not self._needed[unit]:
+                    del self._needed[unit]
+                    if unit in self._held:
+                        self._idle[unit] = None
 
     def gather(
         self,
@@ -494,7 +520,7 @@ class _UnitMemory:
             if views is not None:
                 target[start:end] = content[rows[:, None], views[start:end]]
             else:  # with another mode numpy would copy twice
-                np.take(content, rows, axis=0, out=target[start:end], mode="clip")
+                content.take(rows, axis=0, out=target[start:end], mode="clip")
 
     def also(self, task: Callable[[], None]) -> None:
         """Runs it on a thread that reads."""
@@ -508,15 +534,13 @@ class _UnitMemory:
         """Waits for reads under way, and frees everything."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._held.clear()
+        self._idle.clear()
         self.resident_bytes = 0
 
-    def _load(self, unit: int, *, must: bool, besides: list[int]) -> bool:
-        """Sees to it that a unit is in memory or on its way; whether there was room."""
-        if unit in self._held:
-            self._held.move_to_end(unit)
-            return True
+    def _load(self, unit: int, *, must: bool) -> bool:
+        """Sends for a unit; whether there was room."""
         num_bytes = self._samples.num_bytes(unit)
-        if not self._make_room(num_bytes, besides if must else None):
+        if not self._make_room(num_bytes, must):
             return False
         fields = {name: self._pool.submit(self._samples.read, name, unit) for name in self._samples.readers}
         self._held[unit] = _Held(fields, self._samples.span(unit)[0], num_bytes)
@@ -524,23 +548,25 @@ class _UnitMemory:
         self.units_read += 1
         return True
 
-    def _make_room(self, num_bytes: int, besides: list[int] | None) -> bool:
-        """Drops what no plan needs, longest unused first; given `besides`, then also anything else that was loaded last."""
-        if self.resident_bytes + num_bytes <= self._limit_bytes:
-            return True
-        droppable = [unit for unit in self._held if not self._needed[unit]]
-        if besides is not None:
-            early = [unit for unit in reversed(self._held) if self._needed[unit] and unit not in besides]
-            self._to_load.extendleft(unit for unit in early if unit not in self._to_load)
-            droppable += early
-        for unit in droppable:
-            if self.resident_bytes + num_bytes <= self._limit_bytes:
-                break
-            dropped = self._held.pop(unit)
-            for content in dropped.fields.values():
-                content.cancel()
-            self.resident_bytes -= dropped.num_bytes
+    def _make_room(self, num_bytes: int, must: bool) -> bool:
+        """Drops what no plan needs, longest unused first; if it `must`, then also what coming plans need, last come first."""
+        while self._idle and self.resident_bytes + num_bytes > self._limit_bytes:
+            self._drop(self._idle.popitem(last=False)[0])
+        if must and self.resident_bytes + num_bytes > self._limit_bytes:
+            assert self._entered is not None
+            entered = {unit for units in self._entered.windows.values() for unit in units}
+            for unit in [unit for unit in reversed(self._held) if unit not in entered]:
+                if self.resident_bytes + num_bytes <= self._limit_bytes:
+                    break
+                self._to_load.appendleft(unit)
+                self._drop(unit)
         return self.resident_bytes + num_bytes <= self._limit_bytes
+
+    def _drop(self, unit: int) -> None:
+        dropped = self._held.pop(unit)
+        for content in dropped.fields.values():
+            content.cancel()
+        self.resident_bytes -= dropped.num_bytes
 
 
 def _batch_row_bytes(readers: Iterable[ShardReader], batch_type: type[Batch]) -> int:

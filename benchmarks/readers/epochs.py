@@ -1,9 +1,10 @@
 """One epoch of a payload by one system, in a process of its own: how fast, at what cost, and whether all samples came.
 
-    python -m readers.epochs '{"folder": ..., "payload": ..., ...}'
+    python -m readers.epochs ours plain        then one {"run": ..., "environment": ...} a line on standard input
 
 Each system is a function that yields batches (ids, tensor); `SYSTEMS` lists them. Every one reads as its documentation
-says, with its own defaults for what is not named here, and shuffles. Imports come before the clock starts.
+says, with its own defaults for what is not named here, and shuffles. The program imports the systems named, then forks a
+process for each run, so that imports cost neither the figures nor the one who waits.
 """
 
 import contextlib
@@ -11,16 +12,18 @@ import gc
 import http.client
 import importlib
 import json
+import math
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -33,6 +36,7 @@ PART_BYTES: Final = 8 * 2**20
 _SHUFFLE_SAMPLES: Final = 1000
 """webdataset's buffer; our 16 lanes mix as many."""
 _MIB: Final = 2**20
+_WARMING: Final = 1 / 4  # of an epoch, before the clock starts
 
 Batches = Iterator[tuple[Any, Any]]
 
@@ -51,6 +55,7 @@ class Run:
     step_seconds: float = 0.0  # what a batch is computed on; 0: nothing
     batch: int = BATCH
     connections: int = 8  # of the plain reader
+    limit_seconds: float = math.inf  # a run that takes longer ends here, and its figures are of what came
     settings: str = "{}"  # of our StreamConfig
 
     @property
@@ -176,11 +181,11 @@ def _plain(run: Run) -> Iterator[Batches]:
         assert filled == end - start, f"{filled} bytes of {end - start} came"
 
     def batches() -> Batches:
+        bounds = np.linspace(0, run.num_samples, len(parts) + 1).astype(int)
         yield np.zeros(0), None  # the clock starts
         with ThreadPoolExecutor(run.connections) as pool:
-            for _ in pool.map(read, parts):
-                pass
-        yield np.arange(run.num_samples), None
+            for number, _ in enumerate(pool.map(read, parts)):
+                yield np.arange(bounds[number], bounds[number + 1]), None
 
     yield batches()
 
@@ -214,19 +219,23 @@ def _cpu_seconds() -> float:
 
 
 def measure(run: Run) -> dict[str, Any]:
-    """Figures of one epoch."""
-    system = run.system.split()[0]
-    for module in _IMPORTS[system]:
-        importlib.import_module(module)
+    """Figures of one epoch. Rates are of all but its first quarter, in which memory and workers are still cold.
+
+    Plain GETs have nothing to warm: theirs are of the whole.
+    """
     gc.collect()
+    cold = 0 if run.system == "plain" else run.num_samples * _WARMING
     with ExitStack() as stack, PeakMemory() as memory:
         began = time.perf_counter()
-        batches = stack.enter_context(SYSTEMS[system](run))
+        batches = stack.enter_context(SYSTEMS[run.system.split()[0]](run))
         ids, values = next(batches)
-        first_at, first_cpu = time.perf_counter(), _cpu_seconds()
-        seen, waited = [np.asarray(ids)], 0.0
-        last_at = first_at
+        first_at = time.perf_counter()
+        seen, came = [np.asarray(ids)], len(ids)
+        warm, is_whole = None, True
         while True:
+            if warm is None and came >= cold:
+                warm = _Mark(time.perf_counter(), _cpu_seconds(), came)
+                waited = 0.0
             if run.step_seconds:
                 time.sleep(run.step_seconds)  # a GPU computes
             waiting = time.perf_counter()
@@ -234,32 +243,45 @@ def measure(run: Run) -> dict[str, Any]:
             if batch is None:
                 break
             last_at = time.perf_counter()
-            waited += last_at - waiting
             ids, values = batch
             seen.append(np.asarray(ids))
+            came += len(ids)
+            if warm is not None:
+                waited += last_at - waiting
+            if last_at - first_at > run.limit_seconds and warm is not None:
+                is_whole = False
+                break
         last_cpu = _cpu_seconds()
         stack.close()
-    if values is not None:
-        _check(run, seen, values)
-    counted = sum(map(len, seen[1:]))
-    seconds = last_at - first_at
+    if values is not None:  # not by plain GETs
+        _check(run, seen, values, is_whole)
+    counted, seconds = came - warm.came, last_at - warm.at
     return {
         "samples_per_second": counted / seconds,
-        "cpu_microseconds_a_sample": 1e6 * (last_cpu - first_cpu) / counted,
+        "cpu_microseconds_a_sample": 1e6 * (last_cpu - warm.cpu) / counted,
         "first_batch_seconds": first_at - began,
         "data_wait_share": waited / seconds,
         "peak_mib": memory.peak_bytes / _MIB,
         "seconds": seconds,
+        "is_whole": is_whole,
     }
 
 
-def _check(run: Run, seen: list[np.ndarray], last: Any) -> None:
+class _Mark(NamedTuple):
+    """Where a run stood when the clock started."""
+
+    at: float
+    cpu: float
+    came: int
+
+
+def _check(run: Run, seen: list[np.ndarray], last: Any, is_whole: bool) -> None:
     """Every sample came once, and the last batch is what was written.
 
     A peer may leave out or repeat what makes its workers' shares equal, less than a batch each.
     """
     ids = np.concatenate(seen)[: run.num_samples]
-    missing = run.num_samples - len(np.unique(ids))
+    missing = (run.num_samples if is_whole else len(ids)) - len(np.unique(ids))
     if missing > (0 if run.system in ("ours", "plain") else run.batch * max(1, run.workers)):
         raise SystemExit(f"{run.system} delivered all but {missing} of {run.num_samples} samples")
     expected = samples(Path(run.folder), run.what, seen[-1][:4])
@@ -267,6 +289,45 @@ def _check(run: Run, seen: list[np.ndarray], last: Any) -> None:
         raise SystemExit(f"{run.system} delivered other values than were written")
 
 
+def serve(systems: list[str]) -> None:
+    """Answers each line of standard input, {"run": ..., "environment": ...}, with a line of figures or an error."""
+    for module in dict.fromkeys(module for system in systems for module in _IMPORTS[system]):
+        importlib.import_module(module)
+    gc.freeze()
+    for line in sys.stdin:
+        asked = json.loads(line)
+        process = os.fork()
+        if not process:
+            os.setsid()  # so that its workers end with it
+            _answer(Run(**asked["run"]), asked["environment"])
+        deadline = time.monotonic() + asked["timeout_seconds"]
+        ended = 0
+        while not ended and time.monotonic() < deadline:
+            ended, status = os.waitpid(process, os.WNOHANG)
+            time.sleep(0.01)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process, signal.SIGKILL)
+        if not ended:
+            os.waitpid(process, 0)
+            print(json.dumps({"error": f"took more than {asked['timeout_seconds']} s"}), flush=True)
+        elif status:
+            print(json.dumps({"error": f"ended with status {os.waitstatus_to_exitcode(status)}"}), flush=True)
+
+
+def _answer(run: Run, environment: dict[str, str]) -> NoReturn:
+    """In a process of its own."""
+    os.environ.update(environment)
+    # whatever a reader prints is not the answer
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        figures = measure(run)
+    except BaseException as error:  # noqa: BLE001 - told to whoever asked
+        figures = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+    answers.write(json.dumps(figures) + "\n")
+    answers.flush()
+    os._exit(0)
+
+
 if __name__ == "__main__":
-    asked = Run(**json.loads(sys.argv[1]))
-    print(json.dumps({"run": asdict(asked), **measure(asked)}))
+    serve(sys.argv[1:])

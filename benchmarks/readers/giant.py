@@ -18,10 +18,11 @@ import numpy as np
 from torch import Tensor
 
 from datastore.batch import Batch
+from datastore.buffers import Buffers
 from datastore.layout import Manifest, Rows, ScopeManifest, ShardSums
 from datastore.order import Lanes, Order
 from datastore.schema import FIELDS
-from datastore.stream import Stream, StreamConfig, _Samples, _Shares
+from datastore.stream import Stream, StreamConfig, _Memory, _Samples, _Shares, unit_samples_of
 from readers.memory import PeakMemory
 from readers.payloads import BATCH
 
@@ -42,7 +43,8 @@ class RowNumbers:
 
     stored = SimpleNamespace(field=FIELDS["label"], stored_dtype="int64")
     row_shape = ()
-    row_bytes = 8
+    row_bytes = encoded_row_bytes = 8
+    chunk_rows = 1
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """The rows."""
@@ -54,11 +56,13 @@ def open_at(start: int) -> float:
     config = StreamConfig()
     began = time.perf_counter()
     rows = Rows(np.array([[0, NUM_SAMPLES]], dtype=np.int64))
-    order = Order(len(rows), config.unit_samples, config.window_units, seed=0)
-    lanes = Lanes(len(rows), BATCH, config.lanes)
-    samples = _Samples(rows, {"label": RowNumbers()}, order)
-    fetcher = SimpleNamespace(close=lambda: None, bytes_fetched=0)
-    arguments: tuple[Any, ...] = (None, fetcher, config, LabelBatch, samples, _Shares(BATCH, BATCH, 0, 1), lanes)
+    readers: dict[str, Any] = {"label": RowNumbers()}
+    order = Order(len(rows), unit_samples_of(readers.values()), config.window_units, seed=0)
+    lanes, shares = Lanes(len(rows), BATCH, config.lanes), _Shares(BATCH, BATCH, 0, 1)
+    samples = _Samples(rows, readers, order)
+    fetcher = SimpleNamespace(close=lambda: None, bytes_fetched=0, buffers=Buffers(2**20))
+    memory = _Memory.of(samples, shares, lanes, config, row_bytes=8, num_readers=4)
+    arguments: tuple[Any, ...] = (None, fetcher, LabelBatch, samples, shares, lanes, memory)
     with Stream(*arguments, seed=0, start=start, pin_memory=False) as stream:
         ((batch,),) = stream.steps(1)
         taken = time.perf_counter() - began
@@ -72,7 +76,7 @@ def measure() -> dict[str, Any]:
     with PeakMemory() as memory:
         seconds = {position: [open_at(position) for _ in range(_REPEATS)] for position in positions}
     num_shards = NUM_SAMPLES // _SHARD_ROWS
-    sums = ShardSums(sizes=(85_000_000,) * num_shards, crc32c=(2_000_000_000,) * num_shards)
+    sums = ShardSums(sizes=(85_000_000,) * num_shards, crc32=(2_000_000_000,) * num_shards)
     scope = ScopeManifest(block_ranges=((0, num_shards),), shards={"points": sums}, splits=((0, NUM_SAMPLES),))
     document = Manifest(number=1, scopes={"ingest": scope}).model_dump_json()
     began = time.perf_counter()

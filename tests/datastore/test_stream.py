@@ -514,7 +514,7 @@ def test_the_process_takes_no_more_memory_than_the_bound_and_what_is_on_its_way(
     class PointsBatch(Batch):
         points: Tensor
 
-    limit_bytes = total_bytes / 3
+    limit_bytes = total_bytes / 2
     with stream_of(folder, PointsBatch, lanes=2, unit_samples=16, memory_gib=limit_bytes / GIB) as stream:
         tracemalloc.start()
         for _ in stream.steps(2 * stream.steps_per_epoch):
