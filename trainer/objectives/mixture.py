@@ -43,9 +43,17 @@ class MixtureConfig(BaseModel, extra="forbid", frozen=True):
 
     @property
     def teacher_fields(self) -> tuple[str, ...]:
-        """What the parts read of the teacher."""
-        fields = [getattr(part.objective, "teacher_fields", ("view_features",)) for part in self.parts.values()]
+        """What the store must hold of the teacher."""
+        taught = [self.parts[name].objective for name, _ in _teachers(self.parts)]
+        fields = [getattr(objective, "teacher_fields", ("view_features",)) for objective in taught]
         return tuple(dict.fromkeys(name for names in fields for name in names))
+
+    @property
+    def student_kinds(self) -> tuple[str, ...] | None:
+        """The students that every part can train; None: any."""
+        needed = [getattr(part.objective, "student_kinds", None) for part in self.parts.values()]
+        chosen = [kinds for kinds in needed if kinds is not None]
+        return tuple(kind for kind in chosen[0] if all(kind in kinds for kinds in chosen)) if chosen else None
 
     @model_validator(mode="after")
     def _parts_go_together(self) -> "MixtureConfig":

@@ -1,6 +1,8 @@
-"""What holds for every objective. A new one adds its cases."""
+"""What holds for every objective. A new one adds a file to `cases/`."""
 
 import dataclasses
+import importlib
+import pkgutil
 from typing import Any, get_args
 
 import pytest
@@ -13,34 +15,16 @@ from datastore.batch import Batch
 from datastore.schema import FIELDS
 from models.students import build_student
 from tests.ranks import run_ranks
-from tests.trainer.objectives.cases import (
-    crosspoint,
-    i2p_mae,
-    mixture,
-    pointcmt,
-    pointmcd,
-    projection_classifier,
-    supervised,
-    view_autoencoder,
-    view_classifier,
-    view_segmenter,
-)
 from tests.trainer.objectives.cases.case import SAMPLES, Case
 from trainer.objectives import ObjectiveConfig
 from trainer.objectives.base import Objective
 
-CASES: dict[str, Case] = (
-    crosspoint.CASES
-    | i2p_mae.CASES
-    | mixture.CASES
-    | pointcmt.CASES
-    | pointmcd.CASES
-    | projection_classifier.CASES
-    | supervised.CASES
-    | view_autoencoder.CASES
-    | view_classifier.CASES
-    | view_segmenter.CASES
-)
+CASES: dict[str, Case] = {
+    name: case
+    for found in pkgutil.iter_modules(importlib.import_module("tests.trainer.objectives.cases").__path__)
+    if found.name != "case"
+    for name, case in importlib.import_module(f"tests.trainer.objectives.cases.{found.name}").CASES.items()
+}
 
 
 def build(case: str) -> Objective[Any]:

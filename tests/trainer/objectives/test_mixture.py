@@ -105,7 +105,16 @@ def test_the_teacher_is_the_parts_and_a_run_is_bound_to_its_weights() -> None:
     assert is_same_training(bound, config)
     again = read_config(bound.to_yaml(), name="copy")
     assert again == bound and getattr(again.objective, "teacher", None) == "teacher@feedc0de0001"
-    assert config_with({"contrast": PARTS["contrast"]}).objective.teacher is None  # type: ignore[union-attr]
+    alone = config_with({"contrast": PARTS["contrast"]}).objective
+    assert isinstance(alone, MixtureConfig) and alone.teacher is None and alone.teacher_fields == ()
+
+
+def test_a_part_that_needs_a_certain_student_says_so_for_the_mixture() -> None:
+    masked = {"kind": "i2p_mae", "teacher_mode": "cached", "teacher": "teacher"}
+    mixture = MixtureConfig.model_validate({"parts": PARTS | {"masked": {"objective": masked}}})
+    assert mixture.student_kinds == ("masked_transformer",)
+    assert set(mixture.teacher_fields) == {"view_features", "view_tokens", "view_saliency", "view_pixels"}
+    assert MixtureConfig.model_validate({"parts": PARTS}).student_kinds is None
 
 
 def test_a_mixture_trains_and_its_encoder_is_found_again(tiny_corpus: Store, tmp_path: Path) -> None:
