@@ -1,11 +1,14 @@
 """One training step of each student beside a straightforward torch version of the same network: time and peak memory.
 
-    python benchmarks/students.py [--students pointnet2 dgcnn ...] [--batch 16] [--repeats 3] [--check] [--json FILE]
+    python benchmarks/students.py [--students pointnet2 dgcnn ...] [--batch 16] [--repeats 3] [--compile] [--check]
+                                  [--json FILE]
 
 The straightforward version is what papers' code does in plain torch: 1x1 convolutions over [b, c, n, k], features of every
 edge written down, neighbours from `cdist` and `topk`, ball queries by sorting, farthest points with a broadcast difference.
 Both get the same weights and have to return the same before they are timed, in turns. Clouds are surfaces of ellipsoids in
 the unit ball. Memory is the peak above what was in use before the step; on a CPU each is measured in a process of its own.
+CurveNet has no such version here: its time and memory stand alone. `--compile` also times each student's step under
+torch.compile, which takes minutes. On a busy machine `--threads 1 --cpu-time` counts processor time instead.
 To add a student, add a line to STUDENTS.
 """
 
@@ -14,6 +17,7 @@ import gc
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,7 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.encoding import PointEncoder
+from models.students.curvenet import CurveNetConfig
 from models.students.dgcnn import SEGMENTATION, DGCNNConfig
+from models.students.masked_transformer import MaskedTransformerConfig
 from models.students.pointmlp import PointMLPConfig
 from models.students.pointnet import PointNetConfig
 from models.students.pointnet2 import SINGLE_SCALE, PointNet2Config
@@ -228,15 +234,90 @@ class StraightPointNet(nn.Module):
         return self.layers(features).flatten(2).max(dim=2).values
 
 
+class StraightTokens(nn.Module):
+    def __init__(self, in_features: int, inner: int, outer: int, width: int) -> None:
+        super().__init__()
+        norms = nn.BatchNorm1d(inner), nn.BatchNorm1d(2 * outer)
+        self.local = nn.Sequential(nn.Conv1d(in_features, inner, 1), norms[0], nn.ReLU(), nn.Conv1d(inner, outer, 1))
+        self.pair = nn.Sequential(
+            nn.Conv1d(2 * outer, 2 * outer, 1), norms[1], nn.ReLU(), nn.Conv1d(2 * outer, width, 1)
+        )
+
+    def forward(self, groups: Tensor) -> Tensor:
+        local = self.local(groups.flatten(0, 1).transpose(1, 2))
+        highest = local.max(dim=2, keepdim=True).values.expand_as(local)
+        return self.pair(torch.cat([highest, local], dim=1)).max(dim=2).values.unflatten(0, groups.shape[:2])
+
+
+class StraightBlock(nn.Module):
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        hidden = round(mlp_ratio * width)
+        self.attention_norm = nn.LayerNorm(width)
+        self.queries_keys_values = nn.Linear(width, 3 * width, bias=False)
+        self.output = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        heads = self.queries_keys_values(self.attention_norm(tokens)).unflatten(2, (3, self.num_heads, -1))
+        queries, keys, values = heads.permute(2, 0, 3, 1, 4)
+        weights = (queries @ keys.transpose(2, 3) / queries.shape[3] ** 0.5).softmax(dim=3)
+        tokens = tokens + self.output((weights @ values).transpose(1, 2).flatten(2))
+        return tokens + self.mlp(tokens)
+
+
+class StraightMaskedTransformer(nn.Module):
+    def __init__(self, config: MaskedTransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = config.scaled(config.widths)
+        sizes = [(3, *config.scaled(config.embedding_widths)), *((width,) * 3 for width in widths)]
+        self.embeddings = nn.ModuleList(
+            StraightTokens(*size, width) for size, width in zip(sizes, widths, strict=False)
+        )
+        self.stages = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    nn.Sequential(nn.Linear(3, width), nn.GELU(), nn.Linear(width, width)),
+                    *(StraightBlock(width, config.num_heads, config.mlp_ratio) for _ in range(depth)),
+                ]
+            )
+            for width, depth in zip(widths, config.depths, strict=True)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
+
+    def forward(self, points: Tensor) -> Tensor:
+        tokens = None
+        for embedding, (places, *blocks), num_groups, size in zip(
+            self.embeddings, self.stages, self.config.num_groups, self.config.group_sizes, strict=True
+        ):
+            centres = rows(points, broadcast_farthest(points, num_groups))
+            members = cdist_neighbours(centres, points, size)
+            groups = rows(points, members) - centres[:, :, None] if tokens is None else rows(tokens, members)
+            tokens, position = embedding(groups), places(centres)
+            for block in blocks:
+                tokens = block(tokens + position)
+            points = centres
+        return self.norms[-1](tokens).max(dim=1).values
+
+
 @dataclass(frozen=True)
 class Student:
     """A student and its straightforward version, which returns the pooled embedding; what it should gain on a CPU."""
 
     build: Callable[[], PointEncoder]
-    build_straightforward: Callable[[], nn.Module]
+    build_straightforward: Callable[[], nn.Module] | None
     num_points: int = 1024
     cpu_target: float | None = None
 
+    @property
+    def variants(self) -> tuple[str, ...]:
+        return ("ours",) if self.build_straightforward is None else ("ours", "straightforward")
+
+
+# Random draws would drop other paths in each version
+TRANSFORMER = MaskedTransformerConfig(drop_path=0.0)
 
 STUDENTS = {
     "pointnet": Student(PointNetConfig().build, lambda: StraightPointNet(PointNetConfig())),
@@ -245,8 +326,9 @@ STUDENTS = {
     "dgcnn": Student(DGCNNConfig().build, lambda: StraightDGCNN(DGCNNConfig()), cpu_target=CPU_TARGET),
     "dgcnn_segmentation": Student(SEGMENTATION.build, lambda: StraightDGCNN(SEGMENTATION), num_points=2048),
     "pointmlp": Student(PointMLPConfig().build, lambda: StraightPointMLP(PointMLPConfig())),
+    "curvenet": Student(CurveNetConfig().build, None),
+    "masked_transformer": Student(TRANSFORMER.build, lambda: StraightMaskedTransformer(TRANSFORMER), num_points=2048),
 }
-VARIANTS = ("ours", "straightforward")
 
 
 class Step:
@@ -258,6 +340,7 @@ class Step:
         ours = student.build()
         self.network: nn.Module = ours
         if variant == "straightforward":
+            assert student.build_straightforward is not None, f"{name} has no straightforward version"
             self.network = student.build_straightforward()
             with torch.no_grad():
                 for parameter, source in zip(self.network.parameters(), ours.parameters(), strict=True):
@@ -288,13 +371,24 @@ def ellipsoids(batch: int, num_points: int) -> Tensor:
     return directions * (0.3 + 0.7 * torch.rand(batch, 1, 3, generator=generator))
 
 
-def milliseconds(step: Step, device: str) -> float:
+def milliseconds(step: Step, device: str, clock: Callable[[], float]) -> float:
     """Of one step, to its end."""
-    started = time.perf_counter()
+    started = clock()
     step()
     if device == "cuda":
         torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - started)
+    return 1e3 * (clock() - started)
+
+
+def medians(steps: dict[str, Step], repeats: int, device: str, clock: Callable[[], float]) -> dict[str, float]:
+    """Milliseconds of each, measured in turns."""
+    times: dict[str, list[float]] = {variant: [] for variant in steps}
+    for turn in range(repeats + 1):
+        for variant, step in steps.items():
+            elapsed = milliseconds(step, device, clock)
+            if turn > 0:  # the first one warms up
+                times[variant].append(elapsed)
+    return {variant: statistics.median(each) for variant, each in times.items()}
 
 
 def peak_mebibytes(name: str, variant: str, batch: int, device: str) -> float:
@@ -325,28 +419,41 @@ def own_kibibytes(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def compare(name: str, batch: int, repeats: int, device: str) -> dict[str, Any]:
-    """Medians of both versions' time, and their memory."""
-    steps = {variant: Step(name, variant, batch, device) for variant in VARIANTS}
-    with torch.no_grad():
-        ours, straightforward = (step.pooled() for step in steps.values())
-    gap = (torch.linalg.vector_norm(ours - straightforward) / torch.linalg.vector_norm(straightforward)).item()
-    if not gap < 0.02:  # a neighbour at equal distance may be another one; a wrong layer is off by far more
-        raise SystemExit(f"{name}: the two versions differ by {gap:.1%}: what would be timed is not the same network.")
-    times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    for turn in range(repeats + 1):
-        for variant, step in steps.items():
-            elapsed = milliseconds(step, device)
-            if turn > 0:  # the first one warms up
-                times[variant].append(elapsed)
+def compare(name: str, batch: int, repeats: int, device: str, clock: Callable[[], float]) -> dict[str, Any]:
+    """Each version's time and memory."""
+    steps = {variant: Step(name, variant, batch, device) for variant in STUDENTS[name].variants}
+    if "straightforward" in steps:
+        with torch.no_grad():
+            ours, straightforward = (step.pooled() for step in steps.values())
+        gap = (torch.linalg.vector_norm(ours - straightforward) / torch.linalg.vector_norm(straightforward)).item()
+        if not gap < 0.02:  # a neighbour at equal distance may be another one; a wrong layer is off by far more
+            raise SystemExit(
+                f"{name}: the two versions differ by {gap:.1%}: what would be timed is not the same network."
+            )
+    times = medians(steps, repeats, device, clock)
     del steps
     return {
-        variant: {
-            "milliseconds": statistics.median(times[variant]),
-            "peak_mebibytes": peak_mebibytes(name, variant, batch, device),
-        }
-        for variant in VARIANTS
+        variant: {"milliseconds": time, "peak_mebibytes": peak_mebibytes(name, variant, batch, device)}
+        for variant, time in times.items()
     }
+
+
+def compare_compiled(name: str, batch: int, repeats: int, device: str, clock: Callable[[], float]) -> dict[str, Any]:
+    """Our step's time as it is and under torch.compile, and how long that compiles; None where it cannot."""
+    compilers = (os.environ.get("CXX", "g++"), "clang++")
+    if device == "cpu" and not any(shutil.which(compiler) for compiler in compilers):
+        return {
+            "times_faster": None,
+            "reason": f"torch.compile needs a C++ compiler on a CPU: {' or '.join(compilers)}",
+        }
+    torch.compiler.reset()
+    steps = {"eager": Step(name, "ours", batch, device), "compiled": Step(name, "ours", batch, device)}
+    steps["compiled"].network.compile()
+    started = time.perf_counter()
+    steps["compiled"]()
+    seconds = time.perf_counter() - started
+    times = medians(steps, repeats, device, clock)
+    return {"times_faster": times["eager"] / times["compiled"], "milliseconds": times, "compile_seconds": seconds}
 
 
 def main() -> int:
@@ -354,32 +461,49 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--students", nargs="+", choices=list(STUDENTS), default=list(STUDENTS))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, default=None, help="clouds a step (default: 8 on a CPU, 32 on CUDA)")
+    parser.add_argument("--batch", type=int, default=None, help="clouds a step (default: 4 on a CPU, 32 on CUDA)")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-time", action="store_true", help="count processor time, for busy machines")
+    parser.add_argument("--compile", action="store_true", help="also compare with torch.compile, which takes minutes")
     parser.add_argument("--check", action="store_true", help="exit with 1 unless every target holds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the last line to a file")
     parser.add_argument("--memory-of", nargs=2, metavar=("STUDENT", "VARIANT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = arguments.device
-    batch = arguments.batch or (8 if device == "cpu" else 32)
+    batch = arguments.batch or (4 if device == "cpu" else 32)
+    torch.set_num_threads(arguments.threads)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     if arguments.memory_of:
         print_own_peak(*arguments.memory_of, batch)
         return 0
 
     print(f"One training step, {batch} clouds, {device}, {torch.get_num_threads()} threads, float32\n")
-    print(f"{'student':<24}{'ours':>10}{'straight':>12}{'faster':>9}{'ours':>13}{'straight':>12}{'leaner':>9}")
+    print(
+        f"{'student':<24}{'ours':>10}{'straight':>12}{'faster':>9}{'ours':>13}{'straight':>12}{'leaner':>9}{'compiled':>11}"
+    )
     results, targets = {}, {}
     for name in arguments.students:
-        result = compare(name, batch, arguments.repeats, device)
-        ours, straightforward = (result[variant] for variant in VARIANTS)
-        faster = straightforward["milliseconds"] / ours["milliseconds"]
-        leaner = straightforward["peak_mebibytes"] / ours["peak_mebibytes"]
-        results[name] = {**result, "times_faster": faster, "times_leaner": leaner}
-        print(
-            f"{name:<24}{ours['milliseconds']:>7.0f} ms{straightforward['milliseconds']:>9.0f} ms{faster:>8.1f}x"
-            f"{ours['peak_mebibytes']:>9.0f} MiB{straightforward['peak_mebibytes']:>8.0f} MiB{leaner:>8.1f}x",
-            flush=True,
-        )
+        result = compare(name, batch, arguments.repeats, device, clock)
+        ours, straightforward = result["ours"], result.get("straightforward")
+        faster = leaner = None
+        row = f"{name:<24}{ours['milliseconds']:>7.0f} ms"
+        if straightforward is None:
+            row += f"{'':>21}{ours['peak_mebibytes']:>9.0f} MiB{'':>21}"
+        else:
+            faster = straightforward["milliseconds"] / ours["milliseconds"]
+            leaner = straightforward["peak_mebibytes"] / ours["peak_mebibytes"]
+            row += (
+                f"{straightforward['milliseconds']:>9.0f} ms{faster:>8.1f}x{ours['peak_mebibytes']:>9.0f} MiB"
+                f"{straightforward['peak_mebibytes']:>8.0f} MiB{leaner:>8.1f}x"
+            )
+        compiled: dict[str, Any] = {"times_faster": None, "reason": "asked for by --compile"}
+        if arguments.compile:
+            compiled = compare_compiled(name, batch, arguments.repeats, device, clock)
+        if compiled["times_faster"] is not None:
+            row += f"{compiled['times_faster']:>10.2f}x"
+        print(row, flush=True)
+        results[name] = {**result, "times_faster": faster, "times_leaner": leaner, "compiled": compiled}
         target = STUDENTS[name].cpu_target
         if target is not None:
             on_cpu = device == "cpu"
