@@ -246,7 +246,8 @@ def retain(folder: ObjectFolder, config: CheckpointConfig, generation: int) -> l
             if manifest is None or file == MANIFEST:  # of a damaged one nothing is known: it is left as it is
                 return False
             match = _RANK_FILE.fullmatch(file)
-            return match is None or match[1] not in {rank.name for rank in manifest.ranks}
+            named = {rank.name for rank in manifest.ranks}
+            return match is None or (match[1] not in named and int(match[2]) <= generation)
         match = _RANK_FILE.fullmatch(file)
         return match is None or int(match[2]) < generation or (int(match[2]) == generation and step <= newest)
 
