@@ -60,8 +60,8 @@ CONTENDS: Final = 2.0
 SETTINGS: Final[dict[str, dict[str, Any]]] = {
     # Less memory than the samples take, so that an epoch is read and not remembered.
     "points": {"memory_gib": 0.3},
-    "views": {"memory_gib": 0.6, "unit_samples": 16},
-    "features": {"memory_gib": 0.3},
+    "views": {"memory_gib": 0.75, "unit_samples": 16},
+    "features": {"memory_gib": 0.45},
 }
 
 SPEED_GEOMETRIC_MEAN = 2.0

@@ -67,6 +67,11 @@ class ShardReader:
         return np.dtype(self.stored.stored_dtype).itemsize
 
     @property
+    def takes_whole_rows(self) -> bool:
+        """Whether all of a row is kept."""
+        return self._kept == self.stored.stored_row_shape
+
+    @property
     def chunk_rows(self) -> int:
         """Neighbours that are decoded together whether asked for or not; 1 where that costs nothing."""
         chunk_bytes = self.stored.chunk_rows * math.prod(self.stored.stored_row_shape) * self._item_bytes
@@ -113,15 +118,14 @@ class ShardReader:
             raise StoreError(
                 f"{failure}. `viewpoint inspect {self._url} --verify` lists everything that is damaged."
             ) from error
-        whole_rows = self._kept == stored.stored_row_shape
         for chunk, (start, end) in zip(chunks, wanted, strict=True):
-            if whole_rows and end - start == stored.chunk_rows:
+            if self.takes_whole_rows and end - start == stored.chunk_rows:
                 self._decode(encoded[chunk], result[start:end])
                 continue
             decoded = self._fetcher.buffers.empty((stored.chunk_rows, *stored.stored_row_shape), result.dtype)
             self._decode(encoded[chunk], decoded)
             places = rows[start:end] - chunk * stored.chunk_rows
-            result[start:end] = (decoded if whole_rows else decoded[:, : self._kept[0]])[places]
+            result[start:end] = (decoded if self.takes_whole_rows else decoded[:, : self._kept[0]])[places]
 
     def _index(self, shard: int, name: str) -> np.ndarray:
         """Where each chunk of a shard lies."""

@@ -413,10 +413,15 @@ class _Samples:
         return sum(reader.row_bytes for reader in self.readers.values())
 
     def bytes_while_read(self, reader: ShardReader) -> int:
-        """Memory that a unit of one field takes until it is decoded, about: whole chunks, and rows in between."""
-        first, last = self.rows[np.array([0, len(self.rows) - 1], dtype=np.int64)]
-        rows = self.order.unit_samples * int(last - first + 1) / len(self.rows) + 2 * reader.chunk_rows
-        return math.ceil(rows * reader.encoded_row_bytes) + reader.chunk_rows * reader.row_bytes
+        """Memory that a unit of one field takes until it is decoded, about."""
+        first, last = map(int, self.rows[np.array([0, len(self.rows) - 1], dtype=np.int64)])
+        spread = (last - first + 1) / len(self.rows)
+        unit_samples, chunk_rows = self.order.unit_samples, reader.chunk_rows
+        if spread == 1 and not first % chunk_rows and not unit_samples % chunk_rows and reader.takes_whole_rows:
+            return math.ceil(unit_samples * reader.encoded_row_bytes)
+        # chunks that are not of one unit alone, and rows of other splits in between; such chunks are unpacked by themselves
+        num_rows = unit_samples * spread + 2 * chunk_rows
+        return math.ceil(num_rows * reader.encoded_row_bytes) + chunk_rows * reader.row_bytes
 
     def read(self, field: str, unit: int) -> np.ndarray:
         """One field of a unit."""

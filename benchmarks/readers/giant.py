@@ -45,6 +45,7 @@ class RowNumbers:
     row_shape = ()
     row_bytes = encoded_row_bytes = 8
     chunk_rows = 1
+    takes_whole_rows = True
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """The rows."""
