@@ -93,6 +93,7 @@ class StepFigures:
     epoch: float = 0.0
     loss: float = 0.0
     terms: Mapping[str, float] = field(default_factory=dict)  # mean over ranks and micro-batches
+    figures: Mapping[str, float] = field(default_factory=dict)  # of the objective: rank 0's last micro-batch
     lr: float = 0.0
     grad_norm: float = 0.0
     samples_per_second: float = 0.0

@@ -175,7 +175,7 @@ def pretrain(
                 report.not_finite(position, problem)
                 raise DoNotRetry(problem)
             figures.add({"loss": sum(agreed.terms.values()), **agreed.terms})
-            report.step(position, agreed.terms, lr, engine.grad_norm)
+            report.step(position, agreed.terms, objective.figures, lr, engine.grad_norm)
             HEART.beat(position.step)
 
             ends_here = agreed.stop or agreed.unreadable or coming is None
@@ -370,7 +370,14 @@ class Report:
         )
         self._exporter.restarts = restarts_by_cause([*events, {"event": "started"}])
 
-    def step(self, position: "Position", terms: dict[str, float], lr: float, grad_norm: float) -> None:
+    def step(
+        self,
+        position: "Position",
+        terms: dict[str, float],
+        figures_of_objective: "Mapping[str, Tensor]",
+        lr: float,
+        grad_norm: float,
+    ) -> None:
         """Shows a finished step, and writes its line where one is due."""
         if position.step % self._config.metrics.every_steps and position.step != self._total_steps:
             return
@@ -383,6 +390,7 @@ class Report:
             epoch=position.step / self._stream.steps_per_epoch,
             loss=sum(terms.values()),
             terms=terms,
+            figures={name: float(value) for name, value in figures_of_objective.items()},
             lr=lr,
             grad_norm=grad_norm,
             samples_per_second=(position.samples_seen - self._line_samples) / seconds,
