@@ -79,6 +79,11 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
             raise ValueError(f"objective {kind!r} trains a point encoder: add a 'student' section")
         if not self.objective.needs_student and self.student is not None:
             raise ValueError(f"objective {kind!r} trains a network of its own: remove the 'student' section")
+        kinds: tuple[str, ...] | None = getattr(self.objective, "student_kinds", None)
+        if kinds is not None and self.student is not None and self.student.kind not in kinds:
+            raise ValueError(
+                f"objective {kind!r} needs a student of kind {' or '.join(kinds)}: student.kind is {self.student.kind!r}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -30,6 +30,11 @@ def test_every_demo_recipe_has_a_published_twin() -> None:
     assert set(known_jobs(demo=True)) <= set(known_jobs(demo=False))
 
 
+def test_an_objective_that_needs_one_kind_of_student_says_which() -> None:
+    with pytest.raises(AskedWrongly, match=r"'i2p_mae' needs a student of kind masked_transformer: .* 'pointnet'"):
+        load_recipe("i2p_mae", demo=False, assignments=["student={kind: pointnet}"])
+
+
 def test_an_unknown_job_lists_the_known_ones_and_the_nearest() -> None:
     with pytest.raises(
         AskedWrongly,
