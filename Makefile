@@ -15,7 +15,7 @@ ON ?= local
 SET ?=
 ARGS ?=
 
-.PHONY: help install install-dev launch doctor test test-all test-s3 test-gpu check format bench smoke clean
+.PHONY: .venv-bench help install install-dev launch doctor test test-all test-s3 test-gpu check format bench smoke clean
 
 help: ## this list
 	@echo "Viewpoint: pre-train 3D point encoders by distilling 2D networks."
@@ -86,11 +86,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@$(PIP) install -c constraints.txt -e . >$(INSTALL_LOG) 2>&1 || { tail -n 15 $(INSTALL_LOG) >&2; echo "Installation failed; whole log: $(INSTALL_LOG)" >&2; exit 1; }
 	@touch $@
 
-# what the stream is measured beside; it needs older packages than the project's own
+# What the stream is measured beside. Not together with the project, beside whose packages only old versions of them go.
+.venv-bench: .venv-bench/.installed
+
 .venv-bench/.installed: pyproject.toml | $(VENV)/bin/python
 	@echo "Installing the loaders that benchmarks/stream.py measures beside into .venv-bench: once, some 6 GB (log: .venv-bench/install.log)" >&2
 	@$(BIN)/python -m venv .venv-bench
-	@.venv-bench/bin/python -m pip --disable-pip-version-check install -e '.[bench]' >.venv-bench/install.log 2>&1 || { tail -n 15 .venv-bench/install.log >&2; echo "Installation failed; whole log: .venv-bench/install.log" >&2; exit 1; }
+	@.venv-bench/bin/python -m pip --disable-pip-version-check install psutil $$($(BIN)/python -c \
+		'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])') \
+		>.venv-bench/install.log 2>&1 || { tail -n 15 .venv-bench/install.log >&2; echo "Installation failed; whole log: .venv-bench/install.log" >&2; exit 1; }
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

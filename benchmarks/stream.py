@@ -16,9 +16,8 @@ All of it takes about twenty minutes on two quiet cores, and some eight with --q
 systems read: --folder keeps those for the next time (9 GB), and --repeats 0 only writes them. --cells takes some cells by
 themselves.
 
-The peers need older packages than the project's own, so they live in an environment of their own:
-
-    python -m venv .venv-bench && .venv-bench/bin/pip install -e '.[bench]'
+The peers need older packages than the project's own, so they live in an environment of their own, which `make .venv-bench`
+makes: the packages of the extra `bench`, and psutil.
 """
 
 import argparse
@@ -427,8 +426,8 @@ def peer_versions(peers: Path) -> dict[str, str]:
         answer = subprocess.run([peers, "-c", program], check=True, capture_output=True, text=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise SystemExit(
-            f"{peers} does not have {', '.join(PEER_PACKAGES)}. Make an environment for them, `python -m venv .venv-bench "
-            f"&& .venv-bench/bin/pip install -e '.[bench]'`, or name another with --peers."
+            f"{peers} does not have {', '.join(PEER_PACKAGES)}. `make .venv-bench` makes an environment that has; or name "
+            f"another with --peers."
         ) from error
     found: dict[str, str] = json.loads(answer)
     return found
