@@ -17,6 +17,7 @@ from tests.ranks import run_ranks
 from tests.trainer.objectives.cases.pointcmt import exported_generator
 from trainer import distributed
 from trainer.augment import in_random_order, scale_and_shift
+from trainer.config import load_recipe
 from trainer.objectives.base import Corpus
 from trainer.objectives.cloud_distance import CloudDistanceConfig, cloud_distance
 from trainer.objectives.means import smoothed_cross_entropy
@@ -180,6 +181,22 @@ def test_four_micro_batches_of_eight_have_the_gradient_of_one_of_thirty_two() ->
     for name, gradient in whole.items():
         mean = torch.stack([part[name] for part in parts]).mean(dim=0)
         assert (mean - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_averaged_gradients_make_the_updates_that_the_paper_s_code_makes_with_summed_ones() -> None:  # trap 5
+    published = load_recipe("pointcmt_teacher", demo=False).engine.optimizer
+    assert (published.kind, published.lr) == ("adam", 1e-3)
+    random = torch.Generator().manual_seed(0)
+    gradients = torch.randn(20, 4, 50, generator=random) * 10 ** torch.randint(-9, 1, (50,), generator=random)
+    averaged, summed = (torch.nn.Parameter(torch.linspace(-1, 1, 50)) for _ in range(2))
+    ours = published.build({"weight": averaged})
+    theirs = torch.optim.Adam([summed], lr=1e-3, weight_decay=1e-4, eps=1e-8)
+    for parts in gradients:
+        averaged.grad, summed.grad = parts.mean(dim=0), parts.sum(dim=0)
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(averaged, summed, rtol=0, atol=1e-6)
+    assert (summed - torch.linspace(-1, 1, 50)).abs().min() > 1e-4
 
 
 def gradients_of_this_rank() -> dict[str, Tensor]:
