@@ -3,8 +3,10 @@
 import argparse
 import importlib
 import json
+import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,8 @@ from datastore.sources import format_table, open_source
 from datastore.stream import StreamConfig
 from models.students import StudentConfig, build_student
 from models.students.masked_transformer import MaskedTransformerConfig
+from trainer.__main__ import main as trainer_main
+from trainer.cache import add_arguments as add_cache_arguments
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -83,6 +87,52 @@ def test_every_option_in_the_docs_is_one_of_ingests() -> None:
     known = {option for action in parser._actions for option in action.option_strings}
     named = set(re.findall(r"--[a-z][a-z-]+", (DOCS / "ingest.md").read_text()))
     assert named - known == {"--verify", "--contact-sheet"}  # of `viewpoint inspect`
+
+
+def cache_commands() -> list[list[str]]:
+    return [
+        shlex.split(line)[1:] for line in re.findall(r"^viewpoint cache .*$", (DOCS / "cache.md").read_text(), re.M)
+    ]
+
+
+def test_every_cache_command_in_the_docs_is_understood_and_every_option_is_there() -> None:
+    parser = argparse.ArgumentParser()
+    add_cache_arguments(parser)
+    commands = cache_commands()
+    assert len(commands) == 4
+    for words in commands:
+        parser.parse_args([word for word in words[1:] if word not in ("--nodes", "4")])  # the launcher's
+    known = {option for action in parser._actions for option in action.option_strings}
+    assert set(re.findall(r"--[a-z][a-z-]+", (DOCS / "cache.md").read_text())) - known == {"--nodes"}
+
+
+def test_cached_fields_are_read_as_the_docs_show(folder_with_a_store: Path) -> None:
+    """The docs' commands, at a size for tests and with random weights."""
+    url = str(folder_with_a_store / "shapes.zarr")
+    small = ["--random-weights", "--image-size", "32"]
+    for words in (cache_commands()[1], cache_commands()[2]):
+        options = words[words.index("--tokens" if "--tokens" in words else "--from-points") :]
+        options = [option if option != "8x8" else "2x2" for option in options]
+        found = ["cache", url, "--teacher", words[3], "--model", "test_vit", *small, *options]
+        assert trainer_main(found) == 0
+    said = run(python_blocks("cache.md")[0], folder_with_a_store)
+    lines = said.splitlines()
+    assert [line.split("@")[0] for line in lines] == ["clip", "dino"]
+    assert "'view_pixels': (64, 3, 2)" in lines[0] and "'view_tokens': (12, 4, 64)" in lines[1]
+    assert "--tokens 2x2" in lines[1] and "'view_saliency': 0." in lines[1]
+
+
+def test_bytes_in_the_docs_are_those_of_the_fields() -> None:
+    page = (DOCS / "cache.md").read_text()
+    sizes = {
+        "features": (12, 1280),
+        "tokens": (3, 196, 512),
+        "saliency": (3, 196),
+        "pixels": (8192, 3, 2),
+        "few": (3, 49, 512),
+    }
+    for size in sizes.values():
+        assert f"| {2 * math.prod(size):,} |" in page
 
 
 def test_every_setting_of_the_stream_in_the_docs_is_one() -> None:
