@@ -7,7 +7,8 @@ teacher. The image branch and both heads are then left behind.
 Negatives are the other samples of one micro-batch on all ranks, gathered with their gradient: ranks change nothing, but
 accumulation does, as it cuts a global batch into several that do not see each other. `engine.max_micro_batch` of at least
 global_batch / processes avoids it, and a run that accumulates says so when it starts. A shape is never its own negative:
-no global batch holds one twice.
+no global batch holds one twice. What an epoch has left after its last whole batch is dropped, as published, or filled up
+with other shapes (`data.remainder`), so that every process always brings as many.
 """
 
 from dataclasses import dataclass
