@@ -28,7 +28,7 @@ from typing import IO, Any, Final, NoReturn, Self
 from datastore.errors import EXIT_FAILED
 from launcher.command import AGENT_WORDS, TRAINER_WORDS, Command
 from launcher.tether import end_with, tethered
-from launcher.warm import settle, warm_up
+from launcher.warm import has_lost_its_gpus, settle, warm_up
 
 _WAKE_SECONDS: Final = 0.05
 _PR_SET_NAME: Final = 15  # linux/prctl.h
@@ -311,7 +311,7 @@ def _run(words: tuple[str, ...], order: Message, parent: int) -> int:
     if is_agent:
         _call_yourself("viewpoint-node")
         return _program("launcher.agent")(words[len(AGENT_WORDS) :])
-    if words[: len(TRAINER_WORDS)] != TRAINER_WORDS:
+    if words[: len(TRAINER_WORDS)] != TRAINER_WORDS or has_lost_its_gpus():
         os.execvp(words[0], words)
     _call_yourself(f"viewpoint-{environment.get('RANK', '')}")
     settle(environment.get("OMP_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS"))

@@ -7,6 +7,7 @@ forking afterwards is safe.
 
 import importlib
 import os
+import sys
 from typing import Final
 
 from launcher.command import TRAINER_WORDS
@@ -51,6 +52,12 @@ def warm_up(stage: str | None) -> None:
             import_deepspeed()
     except ModuleNotFoundError:
         return
+
+
+def has_lost_its_gpus() -> bool:
+    """Whether this process needs a GPU and was forked from one that had spoken to the CUDA driver: it gets none."""
+    torch = sys.modules.get("torch")
+    return os.environ.get("DS_ACCELERATOR") != "cpu" and torch is not None and bool(torch.cuda._is_in_bad_fork())
 
 
 def settle(threads: str | None) -> None:

@@ -1,7 +1,10 @@
 """Agents forked from a warm process behave like any other."""
 
+import os
 import signal
+import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +15,8 @@ import pytest
 from datastore.errors import EXIT_DO_NOT_RETRY
 from launcher.command import Command
 from launcher.nursery import Nursery
+from tests.runs import tiny_config, write_corpus
+from trainer.runfolder import RunFolder
 
 # the agent refuses to run without the mandatory variable, and says so
 WORDS = "-m launcher.agent --endpoint 127.0.0.1:1 --job j --node 0 --logs unused -- true"
@@ -57,3 +62,28 @@ def test_a_nursery_that_died_is_replaced(nursery: Nursery, tmp_path: Path) -> No
     second = nursery.start(REFUSED, tmp_path / "log")
     second.wait()
     assert second.exit_code == EXIT_DO_NOT_RETRY
+
+
+FORKED_TRAINING = """
+    import argparse, os, sys
+    from pathlib import Path
+    from launcher.warm import warm_up
+    warm_up("pretrain")
+    threads = len(os.listdir("/proc/self/task"))
+    imported = set(sys.modules)
+    from trainer.pretrain import run
+    run(argparse.Namespace(config=sys.argv[1] + "/config.yaml", run=sys.argv[1], resume=False))
+    print(threads, len(set(sys.modules) - imported))
+"""
+
+
+@pytest.mark.slow
+def test_a_forked_worker_finds_all_that_is_slow_to_import(tmp_path: Path) -> None:
+    config = tiny_config(write_corpus(f"{tmp_path}/shapes.zarr").url)
+    run = RunFolder(f"{tmp_path}/run")
+    run.write_config(config)
+    words = [sys.executable, "-c", textwrap.dedent(FORKED_TRAINING), run.url]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
+    threads, late = map(int, done.stdout.split()[-2:])
+    assert threads == 1, "forking is safe"
+    assert late < 100, "of some five thousand modules"
