@@ -49,7 +49,10 @@ class ImageTeacher(nn.Module, ABC):
 
     @abstractmethod
     def teach(self, inputs: Shaped[Tensor, "b ..."], fields: Sequence[str]) -> Mapping[str, Shaped[Tensor, "b ..."]]:
-        """The fields asked for, of shapes given by the store field that it reads."""
+        """The fields asked for, of shapes given by the store field that it reads.
+
+        One that reads points draws its own views, and can also say `view_pixels`: where in them each point lies.
+        """
 
     def describe(self, views: UInt8[Tensor, "b v h w 3"]) -> Float[Tensor, "b v d"]:
         """The features of each view."""

@@ -51,6 +51,7 @@ class TokenTrunk(ImageTeacher):
         super().__init__(config)
         self.trunk = build_trunk(config.trunk, config.projection)
         self._tokens = config.tokens
+        self._is_projected = config.projection is not None
         self._num_prefix_tokens: int | None = getattr(self.trunk, "num_prefix_tokens", None)
         self.has_saliency = self._watch_last_attention()
 
@@ -93,8 +94,9 @@ class TokenTrunk(ImageTeacher):
             to_patches = attention[0][:, :, 0, -(grid.shape[1] * grid.shape[2]) :].mean(dim=1)
             saliency = self._pooled(to_patches.unflatten(1, grid.shape[1:3])[..., None])[..., 0]
         tokens = self._pooled(grid)
-        projection = self.trunk.get_classifier()  # type: ignore[operator]
-        return ImageWords(features, projection(tokens) if isinstance(projection, nn.Linear) else tokens, saliency)
+        if self._is_projected:
+            tokens = self.trunk.get_classifier()(tokens)  # type: ignore[operator]
+        return ImageWords(features, tokens, saliency)
 
     def _watch_last_attention(self) -> bool:
         """Whether the last block has attention of a class token, which `forward` then hears of.
