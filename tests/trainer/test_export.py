@@ -17,6 +17,7 @@ from datastore.errors import AskedWrongly, DoNotRetry
 from datastore.layout import Store
 from models.exported import ExportedEncoder
 from models.image_models.multi_view import MultiViewClassifier
+from models.point_generator import PointGenerator
 from tests.runs import STEPS, tiny_config, train
 from trainer.encoders import find_encoder
 from trainer.export import add_arguments, export_run, run
@@ -146,3 +147,31 @@ def test_a_teacher_exports_as_an_image_network(tiny_corpus: Store, tmp_path: Pat
     assert "test_resnet, 16 px, 3 classes" in card and "a teacher is judged by what its students learn" in card
     weights = json.loads((Path(trained.export_url) / "model.json").read_text())["image_model"]["trunk"]["weights"]
     assert weights is None
+
+
+def test_a_generator_exports_and_a_student_learns_with_it(tiny_corpus: Store, tmp_path: Path) -> None:
+    generator_config = tiny_config(
+        tiny_corpus.url,
+        objective={"kind": "image_to_points", "teacher": "teacher", "generator": {"num_points": 16}},
+        student=None,
+        steps=1,
+    )
+    trained = train(generator_config, str(tmp_path / "generator"))
+    generator = models.load(trained.export_url)
+    assert isinstance(generator, PointGenerator) and not generator.training
+    features = torch.rand(2, generator.in_features)
+    assert generator(features).shape == (2, 16, 3)
+    assert torch.equal(generator(features), find_encoder(trained.url).encoder(features))
+    card = (Path(trained.export_url) / "README.md").read_text()
+    assert f"point generator, {generator.in_features} features to 16 points" in card
+    assert f"torch.rand(8, {generator.in_features})" in card
+    objective = {
+        "kind": "pointcmt",
+        "teacher": "teacher",
+        "generator": trained.export_url,
+        "feature_width": generator.in_features,
+    }
+    student = train(tiny_config(tiny_corpus.url, objective=objective, steps=1), str(tmp_path / "student"))
+    line = json.loads((Path(student.url) / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["terms"].keys() == {"task", "feature_enhancement", "classifier_enhancement"}
+    assert encode(student.export_url, unit_balls()).shape == (3, 64)
