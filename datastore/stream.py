@@ -46,7 +46,7 @@ _BATCHES_BESIDE: Final = 2  # those that are ready: one is being gathered, and o
 _UNIT_BYTES: Final = 4 * 2**20
 _LARGEST_UNIT_BYTES: Final = 64 * 2**20
 _MOST_UNIT_SAMPLES: Final = 256
-_LABELS_AT_ONCE: Final = 2**18
+_LABELS_AT_ONCE: Final = 2**13
 _PLANNED_PLACES: Final = 4096  # looked up in the order at a time: numpy's cost of a call is then 1/4096 a sample
 _GIB: Final = 2**30
 
@@ -646,11 +646,14 @@ def _chosen_rows(store: Store, config: StreamConfig, fetcher: Fetcher) -> Rows:
 
 def _rows_labelled(rows: Rows, labels: list[int], reader: ShardReader) -> Rows:
     """Those of the rows whose label is one of these. Every label is read; runs of rows are kept."""
-    found = []
-    for first in range(0, len(rows), _LABELS_AT_ONCE):
+
+    def chosen(first: int) -> Int64[np.ndarray, "k 2"]:
         part = rows[np.arange(first, min(first + _LABELS_AT_ONCE, len(rows)), dtype=np.int64)]
-        found.append(Rows.of(part[np.isin(reader.read(part), labels)]).ranges)
-    return Rows(np.concatenate(found) if found else np.empty((0, 2), np.int64))
+        return Rows.of(part[np.isin(reader.read(part), labels)]).ranges
+
+    with ThreadPoolExecutor(_REMOTE_READERS, thread_name_prefix="stream-labels") as pool:
+        found = list(pool.map(chosen, range(0, len(rows), _LABELS_AT_ONCE)))
+    return Rows(np.concatenate([*found, np.empty((0, 2), np.int64)]))
 
 
 def _say_choice(config: StreamConfig) -> str:
