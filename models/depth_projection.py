@@ -78,9 +78,11 @@ def depth_sums(points: Float[Tensor, "b n 3"], frame: Frame) -> Float32[Tensor, 
     seen, size = _seen(points), frame.image_size
     cells = _cells(seen[..., :2], frame.lowest, frame.cell, size) + frame.shift[:, :, None]
     inner = _last_cell(size) + 1  # a side of the canvas of points' own cells
-    places = (cells[..., 0] * inner + cells[..., 1]).flatten(0, 1)
-    steps = (seen[..., 2] * _STEPS_IN_ONE).round().long().flatten(0, 1)
-    canvas = steps.new_zeros(len(places), inner * inner).scatter_add_(1, places, steps)
+    images = torch.arange(len(points) * NUM_VIEWS, device=points.device).view(-1, NUM_VIEWS, 1)
+    places = (images * inner + cells[..., 0]) * inner + cells[..., 1]
+    steps = (seen[..., 2] * _STEPS_IN_ONE).round().long()
+    # along one axis, the only one for which torch can be asked to add in a fixed order: others warn where it is
+    canvas = steps.new_zeros(images.numel() * inner * inner).scatter_add_(0, places.flatten(), steps.flatten())
     marks = _spread(_spread(canvas.view(-1, NUM_VIEWS, inner, inner)).transpose(2, 3)).transpose(2, 3)
     return (marks.double() / _STEPS_IN_ONE).float()
 
