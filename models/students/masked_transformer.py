@@ -223,9 +223,10 @@ def propagate_visibility(scales: Sequence[Scale], coarsest: Bool[Tensor, "b g"])
     """Which tokens of each scale are visible, the finest first: the neighbours of visible tokens of the next coarser."""
     visible = [coarsest]
     for finer, scale in zip(scales[-2::-1], scales[:0:-1], strict=True):
-        parents = visible[-1][..., None].expand_as(scale.neighbours).flatten(1).int()
-        num_parents = parents.new_zeros(finer.indices.shape).scatter_add(1, scale.neighbours.flatten(1), parents)
-        visible.append(num_parents > 0)
+        num_clouds, num_tokens = finer.indices.shape
+        seen = torch.where(visible[-1][..., None], scale.neighbours, num_tokens)  # those of masked tokens: nowhere
+        marked = visible[-1].new_zeros(num_clouds, num_tokens + 1).scatter(1, seen.flatten(1), True)
+        visible.append(marked[:, :num_tokens])
     return tuple(reversed(visible))
 
 
