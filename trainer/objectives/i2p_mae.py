@@ -52,8 +52,7 @@ class I2PMAEConfig(BaseModel, extra="forbid", frozen=True):
     scale_range: tuple[PositiveFloat, PositiveFloat] = (2 / 3, 3 / 2)  # of each axis
     shift: NonNegativeFloat = 0.2
     mask_ratio: float = Field(default=0.8, ge=0, lt=1)  # of the coarsest tokens; at finer scales fewer are masked
-    # Differs from what the paper's name for it suggests: as published, guidance is a softmax without temperature over
-    # values of a hundredth, and nearly uniform. Both switches make it stronger.
+    # As published, guidance is a softmax over values of a hundredth and nearly uniform. Both switches make it stronger
     temperature: PositiveFloat = 1.0
     standardise_saliency: bool = False
     coordinates_weight: NonNegativeFloat = 1.0
