@@ -93,6 +93,7 @@ class Rules:
     last_call_seconds: float = 1.0  # for one more, once enough are there
     settle_seconds: float = 1.0  # that a new node must have been there before a running world stops for it
     patience_seconds: float = 600.0  # for enough nodes to come
+    leavers_return: bool = False  # a node that is told to leave is started again elsewhere: too few wait for it
 
     def fit(self, present: int) -> int:
         """The largest world of at most so many nodes; 0 where there is none."""
@@ -123,8 +124,11 @@ class Membership:
         *,
         progress: Callable[[], float] = lambda: 0.0,
         on_event: EventListener = lambda kind, **facts: None,
+        generation: int = 0,  # after which worlds are numbered
     ) -> None:
-        self.order = Order()
+        self.order = Order(generation)
+        self._before = generation
+        self._cancelled: int | None = None  # the exit code of a job that shall save and end
         self.is_stopping = False  # the whole job was told to stop: nothing is formed any more
         self._rules, self._progress, self._on_event = rules, progress, on_event
         self._agents: dict[int, _Agent] = {}
@@ -167,6 +171,19 @@ class Membership:
         if self.order.end is None:
             self.order = replace(self.order, end=code, reason=reason)
 
+    def cancel(self, code: int) -> None:
+        """All nodes save; then the job ends with this code."""
+        self._cancelled = code
+
+    def heard_within(self, seconds: float, now: float) -> bool:
+        """Whether any agent was heard of within a time: whoever is told of the job's end leaves."""
+        return any(now - agent.heard_at <= seconds for agent in self._agents.values())
+
+    @property
+    def _worlds(self) -> int:
+        """How many were formed."""
+        return self.order.generation - self._before
+
     def tick(self, now: float) -> Order:
         """The order that follows from everything heard."""
         if self.is_stopping:
@@ -178,6 +195,8 @@ class Membership:
                 self._lose(agent, f"silent for {self._rules.silence_seconds:g} s")
         if self.order.end is None and self.order.members:
             self._judge_world(now)
+            if self._cancelled is not None and self.order.end is None:
+                self._call("after_saving", now)
         if self.order.end is None and (self.order.restart or not self.order.members):
             self._gather(now)
         return self.order
@@ -244,6 +263,9 @@ class Membership:
         present = [agent for agent in self._agents.values() if not agent.is_lost]
         if any(self._is_member(agent) and not self._is_ready(agent) for agent in present):
             return
+        if self._cancelled is not None:
+            self.end(self._cancelled, "it was cancelled, and all saved")
+            return
         ready = [agent for agent in present if self._is_ready(agent)]
         if self.order.restart and not self._is_booked:
             self._book(ready, now)
@@ -253,18 +275,18 @@ class Membership:
         if size == 0:
             self._wait(len(ready), now)
             return
-        patience = self._rules.last_call_seconds if self.order.generation else self._rules.first_call_seconds
+        patience = self._rules.last_call_seconds if self._worlds else self._rules.first_call_seconds
         if size == self._rules.fit(self._rules.most) or now - self._changed_at >= patience:
             self._form(sorted(ready, key=lambda agent: agent.node)[:size])
 
     def _wait(self, ready: int, now: float) -> None:
         assert self._gathering_since is not None
-        if self._has_left:
+        if self._has_left and not self._rules.leavers_return:
             self.end(EXIT_STOPPED, "a node was told to stop, all saved, and the others are too few to go on")
         elif now - self._gathering_since > self._rules.patience_seconds:
             wanted = f"{self._rules.least} nodes" if self._rules.least > 1 else "a node"
             self.end(EXIT_FAILED, f"{wanted} did not come within {self._rules.patience_seconds:.0f} s, {ready} did")
-        elif self.order.generation and not self._is_waiting:
+        elif self._worlds and not self._is_waiting:
             self._is_waiting = True
             self._on_event("waiting_for_nodes", there=ready, least=self._rules.least)
 
@@ -285,12 +307,10 @@ class Membership:
             if saved and not self._has_left and not grows:
                 self.end(EXIT_STOPPED, "workers were told to stop, and saved")
                 return
-            self._on_event(
-                "restart", cause="node_left" if self._has_left else "node_joined", generation=self.order.generation
-            )
+            self._on_event("restart", cause="node_left" if self._has_left else "node_joined", generation=self._worlds)
             return
         cause = "node_lost" if self._lost else f"worker_{_worst(failures).cause}"
-        self._on_event("restart", cause=cause, why="; ".join(causes), generation=self.order.generation)
+        self._on_event("restart", cause=cause, why="; ".join(causes), generation=self._worlds)
         progress = self._progress()
         if progress > self._progress_before:
             self._progress_before = progress
@@ -319,7 +339,7 @@ class Membership:
         self.order = Order(self.order.generation + 1, members)
         self._gathering_since, self._lost, self._has_left = None, [], False
         self._is_booked = self._is_waiting = False
-        self._on_event("world_formed", generation=self.order.generation, nodes=[member.node for member in members])
+        self._on_event("world_formed", generation=self._worlds, nodes=[member.node for member in members])
 
 
 def _worst(failures: Sequence[Failure]) -> Failure:

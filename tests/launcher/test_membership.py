@@ -302,3 +302,46 @@ def test_words_survive_the_wire() -> None:
     assert Report.from_json(report.to_json()) == report
     story = started()
     assert Order.from_json(story.order.to_json()) == story.order
+
+
+def test_a_node_that_left_is_waited_for_where_the_cluster_starts_it_again() -> None:
+    story = started(least=3, leavers_return=True)
+    story.say(2, phase="leaving", exit_code=EXIT_STOPPED)
+    story.fail(0, "saved", EXIT_STOPPED)
+    story.fail(1, "saved", EXIT_STOPPED)
+    assert story.after(20).end is None
+    story.reports.pop(2)
+    story.join(3, node=2)
+    assert story.after(3).generation == 2
+    assert story.nodes == [0, 1, 2]
+
+
+def test_a_cancelled_job_ends_when_all_have_saved() -> None:
+    story = started(leavers_return=True)
+    story.membership.cancel(76)
+    assert story.after(0.1).restart == "after_saving"
+    story.fail(0, "saved", EXIT_STOPPED)
+    story.fail(1, "saved", EXIT_STOPPED)
+    assert story.after(1).end is None, "node 2 saves still"
+    story.fail(2, "saved", EXIT_STOPPED)
+    assert story.after(0.2).end == 76
+
+
+def test_a_job_that_is_done_is_not_cancelled_any_more() -> None:
+    story = started()
+    story.say(0, 1, 2, phase="done")
+    story.membership.cancel(76)
+    assert story.after(0.1).end == EXIT_DONE
+
+
+def test_the_successor_of_a_lost_host_numbers_its_worlds_anew() -> None:
+    heard: list[dict[str, Any]] = []
+    rules = Rules(most=1, least=1)
+    membership = Membership(rules, on_event=lambda kind, **facts: heard.append({"event": kind, **facts}), generation=7)
+    assert membership.order.generation == 7
+    membership.join(0, 0, "10.0.0.1", 0.0)
+    membership.hear(0, 1, Report(generation=3, port=1), 0.0)
+    assert membership.tick(0.1).generation == 8
+    assert heard[-1] == {"event": "world_formed", "generation": 1, "nodes": [0]}
+    assert membership.heard_within(1.0, 0.5)
+    assert not membership.heard_within(1.0, 1.5)
