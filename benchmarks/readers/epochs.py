@@ -55,7 +55,7 @@ class Run:
     step_seconds: float = 0.0  # what a batch is computed on; 0: nothing
     batch: int = BATCH
     connections: int = 8  # of the plain reader
-    limit_seconds: float = math.inf  # a run that takes longer ends here, and its figures are of what came
+    limit_seconds: float = math.inf  # a run is measured for so long at most, and its figures are of what came
     settings: str = "{}"  # of our StreamConfig
 
     @property
@@ -248,7 +248,8 @@ def measure(run: Run) -> dict[str, Any]:
             came += len(ids)
             if warm is not None:
                 waited += last_at - waiting
-            if last_at - first_at > run.limit_seconds and warm is not None:
+            # counted from there, or what lay ready at that moment would be all that is counted
+            if warm is not None and last_at - warm.at > run.limit_seconds:
                 is_whole = False
                 break
         last_cpu = _cpu_seconds()
