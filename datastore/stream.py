@@ -38,9 +38,9 @@ from datastore.order import Lanes, Order, Remainder, drawn_views, sample_seeds, 
 from datastore.schema import FIELDS
 from datastore.shards import ShardReader
 
-# Threads that wait for bytes and decode them. Of a disk's many would only get into each other's way; those of a server
+# Threads that wait for bytes and decode them. A disk needs few, and a mounted file system some; those of a server
 # wait for its latency, and its requests are bounded by themselves (data.fetch).
-_LOCAL_READERS: Final = 4
+_LOCAL_READERS: Final = 8
 _REMOTE_READERS: Final = 24
 _BATCHES_BESIDE: Final = 2  # those that are ready: one is being gathered, and one is the consumer's
 _UNIT_BYTES: Final = 4 * 2**20
