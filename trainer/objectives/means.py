@@ -31,6 +31,8 @@ def rank_share(num_rows: Shaped[Tensor, ""]) -> Float32[Tensor, ""]:
     """What a mean over this rank's rows is multiplied by, so that the mean over ranks is the mean over all ranks' rows.
 
     One where all ranks have equally many rows; zero for a rank without any.
+    Micro-batches that are accumulated each weigh the same, however many of their rows count: many
+    counts, as of visible views, are known in the forward pass alone, when the one before has been summed already.
     """
     rows = num_rows.float()
     return rows * distributed.world_size() / distributed.all_reduce_sum(rows).clamp(min=1)
