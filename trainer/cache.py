@@ -378,6 +378,7 @@ def _write_blocks(
             spread.add(words, here, each.first)
             opened.append(words)
             done += each.end - each.first
+            progress.done = done  # before its rate is asked for
             progress.update(done, **{"images/s": progress.rate * num_views})
             if each.closes_block:
                 opened.commit(statistics=spread.statistics())

@@ -35,11 +35,10 @@ def as_images(
     views: UInt8[Tensor, "r h w 3"], image_size: int, mean: Float[Tensor, "3 1 1"], std: Float[Tensor, "3 1 1"]
 ) -> Float[Tensor, "r 3 s s"]:
     """Views as a network takes them: channels first, resized, normalised."""
-    images = views.permute(0, 3, 1, 2).float() / 255
+    images = views.permute(0, 3, 1, 2).float().div_(255)  # in place: memory is what this costs
     if images.shape[-2:] != (image_size, image_size):
         images = F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True)
-    normalised: Tensor = (images - mean) / std
-    return normalised
+    return images.sub_(mean).div_(std)
 
 
 def build_trunk(config: TrunkConfig, projection: int | None = None) -> nn.Module:
