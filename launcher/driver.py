@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -183,7 +183,7 @@ class _Launch:
                 shared = Presence(run, "Other launches share this network: wait until it is trained.")
                 presences.append(held.enter_context(shared))
             if step.config is not None:
-                self._write_config(run, step)
+                begin_run(self._goal, run, step.config)
             logs = logs_folder(run)
             progress = logs / "progress" / step.name
             shutil.rmtree(progress, ignore_errors=True)  # an earlier start's figures
@@ -215,7 +215,7 @@ class _Launch:
                     STEP_FINISHED, step=step.name, stage=step.kind, title=step.title, seconds=seconds
                 )
                 if step.teacher is not None and outcome.output is not None:
-                    self._remember_features(step.teacher, outcome.output)
+                    remember_features(self._goal, step.teacher, json.loads(last_lines(outcome.output, 1)[0]))
             _upload(run, logs)
             run.flush()
             return outcome
@@ -236,22 +236,6 @@ class _Launch:
                 f"be reached. Leave it out, or give local --data and --runs."
             )
         return held.enter_context(Networks(self._spec.layout.nodes))
-
-    def _write_config(self, run: RunFolder, step: Step) -> None:
-        config = step.config
-        assert config is not None
-        teacher: str | None = getattr(config.objective, "teacher", None)
-        if teacher is not None:
-            features = find_features(self._goal, find_store(self._goal), teacher)
-            if features is not None:  # without them the stage itself says what is missing
-                config = pinned(config, features)
-        run.write_config(config)
-
-    def _remember_features(self, teacher: Prerequisite, output: Path) -> None:
-        """Notes under which key the teacher's features lie: several teachers of one name can lie side by side."""
-        summary = json.loads(last_lines(output, 1)[0])
-        teacher_run = RunFolder(teacher.run_url, writer="launcher")
-        teacher_run.append_event(FEATURES_CACHED, store=self._goal.store_url, teacher=summary["teacher"])
 
     def _listener(self, run: RunFolder) -> Callable[..., None]:
         """Keeps the events of nodes in the run's history, and shows those that a person wants to know of."""
@@ -287,6 +271,22 @@ class _Launch:
             f"\nWhat is finished is kept. Once that is mended, the same command goes on:\n  {self._command}"
         )
         return outcome.exit_code
+
+
+def begin_run(goal: Goal, run: RunFolder, config: RunConfig) -> None:
+    """Writes the config that a training step reads, bound to the teacher's features that it finds now."""
+    teacher: str | None = getattr(config.objective, "teacher", None)
+    if teacher is not None:
+        features = find_features(goal, find_store(goal), teacher)
+        if features is not None:  # without them the stage itself says what is missing
+            config = pinned(config, features)
+    run.write_config(config)
+
+
+def remember_features(goal: Goal, teacher: Prerequisite, summary: Mapping[str, Any]) -> None:
+    """Notes under which key the teacher's features lie: several teachers of one name can lie side by side."""
+    teacher_run = RunFolder(teacher.run_url, writer="launcher")
+    teacher_run.append_event(FEATURES_CACHED, store=goal.store_url, teacher=summary["teacher"])
 
 
 class _Committed:

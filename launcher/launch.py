@@ -18,6 +18,8 @@ examples:
       a named run with two settings changed; the same command continues it after a stop
   viewpoint launch pointmcd --nodes 4 --dry-run
       what would run: every command and its environment
+  viewpoint launch pointmcd --nodes 4 --on k8s --image registry/viewpoint:0.1.0 --runs s3://bucket/runs
+      the same on a cluster, in pods that kubectl applies; with --dry-run, exactly what it would apply
   viewpoint launch pointmcd --nodes 2:3 --set checkpoint.every_steps=5 --chaos kill-worker@20,kill-node=2@40:15s
       how the job gets over a killed worker and a killed node; it goes on with two nodes until the third is back
 
@@ -44,8 +46,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--procs-per-node", type=whole_number, default=1, metavar="P", help="worker processes on each node (default: 1)"
     )
     parser.add_argument(
-        "--on", choices=["local"], default="local", help="where the nodes are: processes on this machine (default)"
+        "--on",
+        choices=["local", "k8s"],
+        default="local",
+        help="where the nodes are: processes on this machine (default), or pods of a Kubernetes cluster",
     )
+    cluster = parser.add_argument_group(
+        "with --on k8s", "Of --nodes 2:4, training goes on with two pods. docs/cluster.md."
+    )
+    cluster.add_argument(
+        "--manifest",
+        metavar="FOLDER|FILE",
+        help="what kubectl builds, or has built (default: Viewpoint's k8s/overlays/plain)",
+    )
+    cluster.add_argument("--image", metavar="NAME:TAG", help="the image that pods run (default: the manifest's)")
+    cluster.add_argument("--namespace", metavar="NAME", help="of all objects (default: the manifest's)")
+    cluster.add_argument(
+        "--queue", metavar="NAME", help="Kueue's queue that the jobs wait in (default: the manifest's)"
+    )
+    cluster.add_argument("--context", metavar="NAME", help="of kubectl's configuration (default: its current one)")
     parser.add_argument(
         "--data", metavar="URL", help="a store that `viewpoint ingest` wrote; without it the job makes a demo corpus"
     )
@@ -125,6 +144,21 @@ def run(arguments: argparse.Namespace) -> int:
         rendezvous_port=arguments.rendezvous_port,
         chaos=parse_chaos(arguments.chaos, layout) if arguments.chaos is not None else (),
     )
+    asked = {name: getattr(arguments, name) for name in ("manifest", "image", "namespace", "queue", "context")}
+    if arguments.on == "k8s":
+        from launcher.cluster import PLAIN_MANIFEST, launch_on_cluster
+        from launcher.jobset import Cluster
+
+        return launch_on_cluster(
+            spec,
+            Cluster(**asked | {"manifest": arguments.manifest or PLAIN_MANIFEST}),
+            command=shlex.join(["viewpoint", *arguments.words]),
+            dry_run=arguments.dry_run,
+            as_json=arguments.json,
+        )
+    useless = [f"--{name}" for name, value in asked.items() if value is not None]
+    if useless:
+        raise AskedWrongly(f"{' and '.join(useless)} goes with --on k8s.")
     return launch(
         spec, command=shlex.join(["viewpoint", *arguments.words]), dry_run=arguments.dry_run, as_json=arguments.json
     )
