@@ -15,7 +15,7 @@ ON ?= local
 SET ?=
 ARGS ?=
 
-.PHONY: .venv-bench help install install-dev launch doctor test test-all test-s3 test-gpu check format bench smoke clean
+.PHONY: .venv-bench help install install-dev launch doctor test test-all test-s3 test-gpu check format bench smoke clean manifests
 
 help: ## this list
 	@echo "Viewpoint: pre-train 3D point encoders by distilling 2D networks."
@@ -30,7 +30,7 @@ install: $(VENV)/.installed ## packages into .venv (every other target does this
 
 install-dev: $(VENV)/.installed-dev
 
-launch: $(VENV)/.installed ## run a job: JOB=pointmcd NODES=4 [DATA=url] [RUNS=url] [RUN=name] [SET="a=1 b=2"] [ARGS=...]
+launch: $(VENV)/.installed ## run a job: JOB=pointmcd NODES=4 [DATA=url] [RUNS=url] [RUN=name] [SET="a=1 b=2"] [ON=k8s] [ARGS=...]
 	@$(BIN)/viewpoint launch $(JOB) --nodes $(NODES) --on $(ON) \
 		$(if $(DATA),--data $(DATA)) $(if $(RUNS),--runs $(RUNS)) $(if $(RUN),--run $(RUN)) \
 		$(foreach assignment,$(SET),--set $(assignment)) $(ARGS)
@@ -64,6 +64,13 @@ check: $(VENV)/.installed-dev ## format, lint, types, layering
 format: $(VENV)/.installed-dev ## rewrite the code in the one format
 	@$(BIN)/ruff check --fix-only --select I .
 	@$(BIN)/ruff format .
+
+manifests: $(VENV)/.installed-dev ## build and check what k8s/ holds, for every Kubernetes (RENEW=1 renews the golden files)
+	@command -v kubectl >/dev/null || { \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then echo "Installing Debian's kubernetes-client" >&2; apt-get install -y -q kubernetes-client >/dev/null; \
+		else echo "kubectl is missing. On Debian or Ubuntu: sudo apt-get install kubernetes-client" >&2; exit 64; fi; }
+	@$(if $(RENEW),$(BIN)/python -m tests.k8s.golden)
+	@$(BIN)/python -m pytest -q tests/k8s tests/launcher/test_jobset.py -m "slow or not slow" $(ARGS)
 
 bench: $(VENV)/.installed .venv-bench/.installed ## every benchmark, with its targets
 	@missed=; for script in benchmarks/[a-z]*.py; do \
