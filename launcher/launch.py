@@ -20,8 +20,8 @@ examples:
       what would run: every command and its environment
   viewpoint launch pointmcd --nodes 4 --on k8s --image registry/viewpoint:0.1.0 --runs s3://bucket/runs
       the same on a cluster, in pods that kubectl applies; with --dry-run, exactly what it would apply
-  viewpoint launch pointmcd --nodes 2:3 --set checkpoint.every_steps=5 --chaos kill-worker@20,kill-node=2@40:15s
-      how the job gets over a killed worker and a killed node; it goes on with two nodes until the third is back
+  viewpoint launch pointmcd --nodes 2:4 --chaos kill-worker@20,kill-node=2@60:15s
+      how the job gets over a killed worker and a killed node; it goes on with two nodes until the lost one is back
 
 {GRAMMAR}
 Ctrl-C saves a checkpoint and stops; the same command goes on. A second Ctrl-C kills.
