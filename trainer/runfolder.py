@@ -36,11 +36,11 @@ class RunFolder:
 
     @cached_property
     def _filesystem(self) -> fsspec.AbstractFileSystem:
-        return fsspec.core.url_to_fs(self.url)[0]
+        return fsspec.core.url_to_fs(self.url, use_listings_cache=False)[0]
 
     @cached_property
     def _root(self) -> PurePosixPath:
-        return PurePosixPath(fsspec.core.url_to_fs(self.url)[1])
+        return PurePosixPath(fsspec.core.url_to_fs(self.url, use_listings_cache=False)[1])
 
     @property
     def is_local(self) -> bool:
@@ -188,9 +188,10 @@ class RunFolder:
 
     def _put_pending(self, stem: str) -> None:
         name = f"{stem}-{self._writer}.jsonl"
-        lines = self._pending.pop(stem, [])
+        lines = self._pending.get(stem, [])
         if lines:
             self.write_text(name, (self.read_text(name) or "") + "".join(lines))
+            self._pending[stem] = []  # not before: what could not be written is written with what comes next
         self._flushed_at[stem] = time.monotonic()
 
     def _read_lines(self, stem: str) -> Iterator[Record]:

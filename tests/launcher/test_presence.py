@@ -55,3 +55,20 @@ def test_a_launcher_on_another_machine_counts_while_its_note_is_fresh(tmp_path: 
     assert holder_of(run) is not None
     run.write_text("launcher.json", note(1, started=0.0, host="elsewhere", age=60))
     assert holder_of(run) is None
+
+
+def test_a_note_that_cannot_be_refreshed_now_is_refreshed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.presence._REFRESH_SECONDS", 0.0)
+    run = RunFolder(str(tmp_path))
+    with Presence(run) as presence:
+        write = RunFolder.write_text
+        monkeypatch.setattr(RunFolder, "write_text", lambda *_: (_ for _ in ()).throw(OSError("try again")))
+        presence.refresh()
+        monkeypatch.setattr(RunFolder, "write_text", write)
+        before = holder_of(run)
+        presence.refresh()
+        after = holder_of(run)
+        assert before is not None and after is not None
+        assert after.time > before.time

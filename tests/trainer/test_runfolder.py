@@ -99,3 +99,14 @@ def test_a_file_can_be_removed(url: str) -> None:
     run.remove("stop-requested")
     run.remove("stop-requested")
     assert run.read_text("stop-requested") is None
+
+
+def test_events_that_object_storage_would_not_take_are_written_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder("memory://runs/bad-moment")
+    write = RunFolder.write_text
+    monkeypatch.setattr(RunFolder, "write_text", lambda *_: (_ for _ in ()).throw(OSError("try again")))
+    with pytest.raises(OSError, match="try again"):
+        run.append_event("lost")
+    monkeypatch.setattr(RunFolder, "write_text", write)
+    run.append_event("kept")
+    assert [event["event"] for event in run.events()] == ["lost", "kept"]
