@@ -48,8 +48,10 @@ from launcher.command import (
     worker_words,
 )
 from launcher.patience import tolerating
+from launcher.readings import ProgressReader
 from launcher.stop import STOP_REQUESTED
 from launcher.tail import Tail
+from launcher.terminal import describe
 
 if TYPE_CHECKING:
     from launcher.membership import Membership
@@ -69,6 +71,7 @@ _LOOK_SECONDS: Final = 5.0  # between looks into the run folder: one request eac
 _AGAIN_SECONDS: Final = 1.0  # before what was killed is started again
 _FAREWELL_SECONDS: Final = 15.0  # for all agents to hear how the job ended
 _SILENT_SECONDS: Final = 2.0  # after which an agent has heard it
+_PROGRESS_SECONDS: Final = 10.0  # between lines that say how far it is
 _PASSED_ON: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _WORLD_STAGE: Final = "pretrain"
 _PART_STAGES: Final = ("ingest", "cache")
@@ -353,7 +356,7 @@ def run_node(pod: Pod, told: Told, *, holds_store: bool) -> int:
             if told.number is not None:
                 store.send(signal.SIGTERM)
             store.end(_FAREWELL_SECONDS)  # it ends when all have heard how the job ended
-        output.pass_on()
+        output.pass_on(is_last=True)
         tolerating(lambda: upload_logs(pod), "keep this pod's logs in the run folder", None)
     return code if code >= 0 else EXIT_FAILED
 
@@ -497,17 +500,23 @@ class Output:
         self._pod = pod
         self._events = Tail(pod.logs / "events.jsonl")
         self._offsets: dict[Path, int] = {}
+        self._reader = ProgressReader(pod.scratch / "progress")
+        self._said = (-1, 0.0)  # units done, and when that was said
         self.is_waiting = True
         self.waiting_since = time.monotonic()
 
-    def pass_on(self, write: Callable[[str], None] | None = None) -> None:
-        """Writes what is new to stdout, each line with its worker's name."""
+    def pass_on(self, write: Callable[[str], None] | None = None, *, is_last: bool = False) -> None:
+        """Writes what is new to stdout: lines with their worker's name; now and then how far it is, where rank 0 is."""
         for event in self._events.read():
             self._take_in(event["event"])
         show = write or (lambda line: print(line, flush=True))
         for path in sorted(self._pod.logs.glob("start-*/worker-*.log")):
             for line in self._new_lines(path):
                 show(f"{path.name.partition('.')[0]}: {line}")
+        reading, (done, at) = self._reader.read(), self._said
+        if reading is not None and reading.done != done and (is_last or time.monotonic() - at > _PROGRESS_SECONDS):
+            self._said = (reading.done, time.monotonic())
+            show(describe(reading))
 
     def _take_in(self, kind: str) -> None:
         if kind == "workers_started":

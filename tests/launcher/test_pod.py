@@ -1,5 +1,6 @@
 """What one pod runs, and how it ends: commands as pure functions, processes with commands of a few milliseconds."""
 
+import json
 import signal
 import sys
 import threading
@@ -223,6 +224,30 @@ def test_lines_of_workers_are_shown_once_and_the_pod_is_ready_while_they_run(tmp
     assert lines == ["worker-0: one", "worker-0: two"]
     assert output.is_waiting
     assert not node.ready_file.exists()
+
+
+def test_how_far_it_is_is_said_now_and_then_and_at_the_end(tmp_path: Path) -> None:
+    node = made(*NODE, "--", *PRETRAIN, scratch=tmp_path)
+    output, lines = Output(node), list[str]()
+    (tmp_path / "progress").mkdir()
+
+    def at(done: int) -> None:
+        record = {
+            "time": done,
+            "stage": "a",
+            "total": 9,
+            "unit": "steps",
+            "rate": 0,
+            "resumed": 0,
+            "note": {"loss": 0.5},
+        }
+        with (tmp_path / "progress" / "a-0.jsonl").open("a") as file:
+            file.write(json.dumps(record | {"done": done}) + "\n")
+        output.pass_on(lines.append, is_last=done == 9)
+
+    for done in (1, 2, 3, 9):
+        at(done)
+    assert lines == ["11%  1/9 steps  loss 0.5", "100%  9/9 steps  loss 0.5"]
 
 
 def test_a_pod_that_comes_to_a_finished_run_has_nothing_to_do(
