@@ -17,15 +17,15 @@ class Deadlines:
 
     step_floor: float = 60.0
     step_factor: float = 10.0
-    startup: float = 900.0  # a large checkpoint is read from object storage, kernels are compiled, the first step ends
+    startup: float = 900.0  # a checkpoint is read from object storage, kernels are compiled, the first two steps end
     checkpoint: float = 900.0  # a large checkpoint is written to object storage
     finishing: float = 900.0
 
-    def allowed(self, phase: str, typical_step: float) -> float:
-        """The deadline of a phase, where a step typically takes so long."""
-        if phase == "step":
+    def allowed(self, phase: str, typical_step: float | None) -> float:
+        """The deadline of a phase, where a step typically takes so long; None before that is known."""
+        if phase == "step" and typical_step is not None:
             return max(self.step_floor, self.step_factor * typical_step)
-        longer = {"startup": self.startup, "checkpoint": self.checkpoint, "finishing": self.finishing}[phase]
+        longer = {"checkpoint": self.checkpoint, "finishing": self.finishing}.get(phase, self.startup)
         return max(longer, self.step_floor)
 
 
@@ -62,5 +62,5 @@ class Watch:
                 self._steps.append((beat.seconds - before.seconds) / (beat.step - before.step))
             return None
         silent = now - self._changed_at
-        allowed = self._deadlines.allowed(beat.phase, statistics.median(self._steps) if self._steps else 0.0)
+        allowed = self._deadlines.allowed(beat.phase, statistics.median(self._steps) if self._steps else None)
         return Hang(beat.phase, beat.step, silent, allowed) if silent > allowed else None

@@ -25,6 +25,7 @@ from datastore.errors import EXIT_DONE, AskedWrongly, DoNotRetry, Stopped, Store
 from datastore.progress import Progress, format_bytes, format_seconds
 from datastore.schema import FIELDS, TEACHER_FIELDS
 from datastore.stopping import stop_asked
+from trainer.heartbeat import HEART
 
 if TYPE_CHECKING:
     from datastore.layout import FieldStatistics, Store, TeacherAttributes
@@ -131,6 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
     from trainer.distributed import World
     from trainer.teachers import fields_offered, load_teacher
 
+    HEART.start()
     if arguments.batch < 1:
         raise AskedWrongly(f"--batch counts shapes, one at least; got {arguments.batch}.")
     world = World.from_env()
@@ -369,7 +371,7 @@ def _write_blocks(
     done = committed = total - sum(each.end - each.first for each in slices)
     opened = None
     with Progress("cache", total, "shapes", resumed=done) as progress:
-        for each, words in described:
+        for number, (each, words) in enumerate(described, start=1):
             if opened is None:
                 opened, spread = writer.open_block(each.block), _Spread(writer)
             here = holds_shape[each.first : each.end]
@@ -380,9 +382,12 @@ def _write_blocks(
             done += each.end - each.first
             progress.done = done  # before its rate is asked for
             progress.update(done, **{"images/s": progress.rate * num_views})
+            HEART.beat(number)
             if each.closes_block:
+                HEART.enter("checkpoint")
                 opened.commit(statistics=spread.statistics())
                 opened, committed = None, done
+                HEART.beat(number)
             soon_whole = 0 < each.block_end - each.end < _FINISH_SECONDS * progress.rate
             if stop.is_set() and done < total and not soon_whole:
                 raise Stopped(

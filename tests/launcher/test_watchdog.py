@@ -40,6 +40,20 @@ def test_slow_steps_allow_longer_silence() -> None:
     assert silent_until(slow, Beat("step", 9, 36.0), stepping(slow, 4.0, 8)) == 40
 
 
+def test_the_first_step_does_not_say_how_long_one_takes() -> None:
+    assert silent_until(Watch(DEADLINES), Beat("step", 1, 0.0), 0.0) == 100
+    watch = Watch(DEADLINES)
+    watch.look(Beat("startup", 0, 0.0), 0.0)
+    watch.look(Beat("step", 1, 50.0), 50.0)
+    assert watch.look(Beat("step", 1, 50.0), 54.0) is None
+    now = 54.0
+    while now < 130.0:
+        now += 1.0
+        assert watch.look(Beat("step", 1, 50.0), now) is None, "steps of 90 s would otherwise never get on"
+    watch.look(Beat("step", 2, 140.0), 140.0)
+    assert silent_until(watch, Beat("step", 3, 230.0), 230.0) == 900
+
+
 def test_one_slow_step_does_not_make_the_watchdog_patient() -> None:
     watch = Watch(DEADLINES)
     now = stepping(watch, 1.0, 20)
