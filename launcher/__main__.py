@@ -58,10 +58,11 @@ COMMANDS: Final[dict[str, CommandInfo]] = {
         "write a trained encoder as safetensors with a model card",
         "  viewpoint export runs/pointmcd-1 encoder/",
     ),
+    "scale": CommandInfo("--nodes N", "what a run on many nodes asks of a cluster, on paper"),
     "doctor": CommandInfo("", "check this machine, and a store or a recipe if you name one"),
 }
 
-_OWN: Final = {name: f"launcher.{name}" for name in ("launch", "status", "cancel", "doctor")}
+_OWN: Final = {name: f"launcher.{name}" for name in ("launch", "status", "cancel", "scale", "doctor")}
 _ON_NODES: Final = ("cache", "evaluate")
 
 
