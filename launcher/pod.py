@@ -366,16 +366,22 @@ def run_part(pod: Pod, told: Told) -> int:
     work = Kept(part_command(pod), max_deaths=0)
     work.start()
     pod.ready_file.touch()
+    run = watched_run(pod)
+    sign = Sign(run, pod.job) if run is not None and pod.index == 0 else None
     passed_on = is_cancelled = False
-    looked_at = time.monotonic()
+    looked_at = 0.0
     while (code := work.tick(again=False)) is None:
-        if not is_cancelled and time.monotonic() - looked_at > _LOOK_SECONDS:
+        if run is not None and time.monotonic() - looked_at > _LOOK_SECONDS:
             looked_at = time.monotonic()
-            is_cancelled = is_asked_to_stop(pod)
+            if sign is not None:
+                sign.show()
+            is_cancelled = is_cancelled or asked_to_stop(run)
         if (told.number is not None or is_cancelled) and not passed_on:
             passed_on = True
             work.send(signal.SIGTERM)
         time.sleep(_POLL_SECONDS)
+    if sign is not None:
+        sign.remove()
     if is_cancelled and code in (EXIT_STOPPED, -signal.SIGTERM):
         return EXIT_CANCELLED
     if code == -signal.SIGTERM and told.number is not None:
@@ -438,12 +444,40 @@ def hold_store(pod: Pod, told: Told) -> int:
     return EXIT_DONE
 
 
+class Sign:
+    """The note in a run's folder by which `viewpoint status` and `cancel` know that a pod works on it."""
+
+    def __init__(self, run: "RunFolder", step: str) -> None:
+        self._run, self._step = run, step
+        self._presence: Presence | None = None
+
+    def show(self) -> None:
+        """Puts it there, and keeps it fresh. Where somebody else's is, ours comes when that has gone stale."""
+        if self._presence is None:
+            self._presence = tolerating(self._enter, "say that this run is worked on", None)
+        else:
+            self._presence.refresh()
+
+    def remove(self) -> None:
+        """Nobody works on the run any more."""
+        if self._presence is not None:
+            presence = self._presence
+            tolerating(lambda: presence.__exit__(None, None, None), "say that nobody works on this run", None)
+
+    def _enter(self) -> "Presence":
+        from launcher.presence import Presence
+
+        presence = Presence(self._run).__enter__()
+        presence.enter_step(f"{self._step} on a cluster")
+        return presence
+
+
 class Keeper:
     """What whoever holds the store does in the run's folder: events, the sign that somebody works on it, requests."""
 
     def __init__(self, run: "RunFolder", watched: "RunFolder") -> None:
         self._run, self._watched = run, watched
-        self._presence: Presence | None = None
+        self._sign = Sign(watched, "training")
         self._looked_at = 0.0
         self._committed = 0.0
 
@@ -469,27 +503,15 @@ class Keeper:
         if time.monotonic() - self._looked_at < _LOOK_SECONDS:
             return
         self._looked_at = time.monotonic()
-        if self._presence is None:
-            self._presence = tolerating(self._enter, "say that this run is worked on", None)
-        else:
-            self._presence.refresh()
+        self._sign.show()
         if asked_to_stop(self._watched):
             membership.cancel(EXIT_CANCELLED)
-
-    def _enter(self) -> "Presence":
-        from launcher.presence import Presence
-
-        presence = Presence(self._watched).__enter__()
-        presence.step = "training on a cluster"
-        return presence
 
     def close(self, end: int | None) -> None:
         """Nobody works on the run any more; a request to stop is granted, and must not stop the next start."""
         if end == EXIT_CANCELLED:
             tolerating(lambda: self._watched.remove(STOP_REQUESTED), "take back the request to stop", None)
-        if self._presence is not None:
-            presence = self._presence
-            tolerating(lambda: presence.__exit__(None, None, None), "say that nobody works on this run", None)
+        self._sign.remove()
         tolerating(self._run.flush, "write down what happened", None)
 
 
@@ -550,13 +572,13 @@ def asked_to_stop(run: "RunFolder") -> bool:
     return tolerating(lambda: run.read_text(STOP_REQUESTED) is not None, "see whether somebody asked to stop", False)
 
 
-def is_asked_to_stop(pod: Pod) -> bool:
-    """Whether `viewpoint cancel` was called on the run that this pod works for."""
+def watched_run(pod: Pod) -> "RunFolder | None":
+    """The run that this pod works for, where it is for one."""
     if pod.run_folder is None:
-        return False
+        return None
     from trainer.runfolder import RunFolder
 
-    return asked_to_stop(RunFolder(pod.run_folder))
+    return RunFolder(pod.run_folder)
 
 
 def write_config(pod: Pod, recipe: str, store_url: str | None) -> None:

@@ -204,6 +204,21 @@ def test_a_part_ends_as_its_process_does(
     assert part.ready_file.exists()
 
 
+def test_the_first_part_says_in_the_run_s_folder_that_it_is_worked_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Told
+) -> None:
+    monkeypatch.setattr(pod, "part_command", lambda _: python("import time; time.sleep(1.5)"))
+    run = RunFolder(str(tmp_path / "run"))
+    seen: set[str] = set()
+    monkeypatch.setattr(
+        time, "sleep", lambda seconds, sleep=time.sleep: (seen.add(str(holder_of(run))), sleep(seconds))
+    )
+    part = made("--nodes=2", "--job=ingest", "--", "ingest", "a", "b", scratch=tmp_path, run_folder=run.url)
+    assert pod.run_part(part, told) == EXIT_DONE
+    assert any(each.endswith("at step 'ingest on a cluster'") for each in seen)
+    assert holder_of(run) is None
+
+
 def test_lines_of_workers_are_shown_once_and_the_pod_is_ready_while_they_run(tmp_path: Path) -> None:
     node = made(*NODE, "--", *PRETRAIN, scratch=tmp_path)
     output, lines = Output(node), list[str]()
