@@ -275,7 +275,7 @@ class _Launch:
 
 def begin_run(goal: Goal, run: RunFolder, config: RunConfig) -> None:
     """Writes the config that a training step reads, bound to the teacher's features that it finds now."""
-    teacher: str | None = getattr(config.objective, "teacher", None)
+    teacher = config.teacher
     if teacher is not None:
         features = find_features(goal, find_store(goal), teacher)
         if features is not None:  # without them the stage itself says what is missing

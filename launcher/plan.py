@@ -41,8 +41,7 @@ class Goal:
     @property
     def teacher_name(self) -> str | None:
         """Whose features the objective reads, if any."""
-        name: str | None = getattr(self.config.objective, "teacher", None)
-        return name
+        return self.config.teacher
 
     def prerequisite_of_teacher(self, name: str) -> Prerequisite | None:
         """The one that trains a teacher of this name, if the launch trains it."""

@@ -38,11 +38,10 @@ class _Search:
 
     def prepared(self, config: RunConfig, within: tuple[str, ...]) -> Prepared:
         found: list[Prerequisite] = []
-        teacher = getattr(config.objective, "teacher", None)
-        if config.prepare.teacher_job is not None and teacher is not None:
-            fields = getattr(config.objective, "teacher_fields", ("view_features",))
+        if config.prepare.teacher_job is not None and config.teacher is not None:
             of_teacher = self._of_job(config.prepare.teacher_job, within)
-            last = replace(of_teacher[-1], teacher=teacher.partition("@")[0], fields=fields)
+            name = config.teacher.partition("@")[0]
+            last = replace(of_teacher[-1], teacher=name, fields=config.teacher_fields)
             found += [*of_teacher[:-1], last]
         for key, job in missing_networks(config).items():
             found += self._of_job(job, within)

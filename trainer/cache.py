@@ -126,10 +126,8 @@ def _token_grid(text: str) -> int | Literal["native", "none"]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Describes this process's part of the store: block i of every n under torchrun, all of it otherwise."""
-    import torch
-
     from datastore.layout import open_store
-    from trainer.distributed import World
+    from trainer.distributed import World, uses_gpu
     from trainer.teachers import fields_offered, load_teacher
 
     HEART.start()
@@ -151,7 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
         fields=_fields(arguments, fields_offered(store, teacher)),
         part=(world.rank, world.size),
         batch=arguments.batch,
-        device=f"cuda:{world.local_rank}" if torch.cuda.is_available() else "cpu",
+        device=f"cuda:{world.local_rank}" if uses_gpu() else "cpu",
         precision=arguments.precision,
         options=_as_typed(arguments),
     )

@@ -95,6 +95,20 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
                 raise ValueError(f"comparison {name!r}: {error}") from error
         return self
 
+    @property
+    def teacher(self) -> str | None:
+        """The teacher whose fields in the store the objective reads; None where its settings read none."""
+        name: str | None = getattr(self.objective, "teacher", None)
+        return name if self.teacher_fields else None
+
+    @property
+    def teacher_fields(self) -> tuple[str, ...]:
+        """The fields of the teacher that the objective reads."""
+        if getattr(self.objective, "teacher", None) is None:
+            return ()
+        fields: tuple[str, ...] = getattr(self.objective, "teacher_fields", ("view_features",))
+        return fields
+
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole run."""
         if self.steps is not None:

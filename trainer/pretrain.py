@@ -117,7 +117,7 @@ def pretrain(
         stream = open_stream(
             config.data,
             objective.batch_type,
-            teacher=getattr(config.objective, "teacher", None),
+            teacher=config.teacher,
             global_batch=config.global_batch,
             micro_batch=split.micro_batch,
             rank=world.rank,
@@ -479,7 +479,7 @@ def build_objective(config: "RunConfig", store: "Store") -> "Objective[Any]":
     student = None if config.student is None else build_student(config.student)
     facts = store.corpus_facts
     teachers = dict(store.teachers)
-    if (name := getattr(config.objective, "teacher", None)) is not None:
+    if (name := config.teacher) is not None:
         teachers[name] = teachers[store.resolve_teacher(name)]
     dims = {name: teacher.dim for name, teacher in teachers.items()}
     taught = {name: TaughtFields(teacher.image_size, teacher.fields) for name, teacher in teachers.items()}

@@ -72,6 +72,12 @@ def test_arms_of_a_comparison_get_the_same_network() -> None:
     assert len(goal.arms) == 1 and len(weights) == 1 and None not in weights
 
 
+def test_a_teacher_whose_features_are_not_read_is_not_trained() -> None:
+    off = student(teacher_job="looker").with_overrides({"objective.alignment_weight": 0.0})
+    assert off.teacher is None
+    assert prerequisites_of(off, jobs(), RUNS, STORE).prerequisites == ()
+
+
 def test_the_same_job_asked_for_twice_is_trained_once() -> None:
     key = "objective.image_model.trunk.weights"
     base, looker = recipe("base", TEACHER), recipe("looker", TEACHER, prepare={"networks": {key: "base"}})

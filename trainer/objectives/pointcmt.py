@@ -60,6 +60,12 @@ class PointCMTConfig(BaseModel, extra="forbid", frozen=True):
             raise ValueError("name a teacher, or set feature_enhancement_weight and classifier_enhancement_weight to 0")
         return self
 
+    @property
+    def teacher_fields(self) -> tuple[str, ...]:
+        """What the store must hold of the teacher."""
+        enhances = self.feature_enhancement_weight > 0 or self.classifier_enhancement_weight > 0
+        return ("view_features",) if enhances else ()
+
     def build(self, student: PointEncoder | None, corpus: Corpus) -> "PointCMT":
         """The objective around a student, sized for a corpus."""
         assert student is not None, "RunConfig checks needs_student"

@@ -48,6 +48,11 @@ class PointMCDConfig(BaseModel, extra="forbid", frozen=True):
             raise ValueError("alignment_weight and task_weight are both 0: nothing would be learned")
         return self
 
+    @property
+    def teacher_fields(self) -> tuple[str, ...]:
+        """What the store must hold of the teacher."""
+        return ("view_features",) if self.alignment_weight > 0 else ()
+
     def build(self, student: PointEncoder | None, corpus: Corpus) -> "PointMCD":
         """The objective around a student, sized for a corpus."""
         assert student is not None, "RunConfig checks needs_student"
@@ -97,7 +102,8 @@ class PointMCD(Objective[PointMCDBatch]):
                 raise MissingField(
                     f"The store has no 'view_features' of teacher {config.teacher!r}, which objective 'pointmcd' "
                     f"reads; it has those of {present}. "
-                    f"Write them with `viewpoint cache STORE --teacher {config.teacher}`."
+                    f"Write them with `viewpoint cache STORE --teacher {config.teacher} --weights FOLDER`, where FOLDER is "
+                    f"the export of job {config.teacher!r}, or let `viewpoint launch ... --prepare` do both."
                 )
             self.projection = Projection(student.per_point_dim, corpus.teacher_dims[config.teacher])
         else:

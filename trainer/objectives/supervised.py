@@ -18,7 +18,7 @@ from trainer.objectives.means import UNLABELLED, rank_share, smoothed_cross_entr
 
 
 class SupervisedConfig(BaseModel, extra="forbid", frozen=True):
-    """The defaults are those of PointMCD's classification without its distillation."""
+    """The augmentation and the smoothing of PointMCD's classification; its own baseline is its recipe with alignment_weight 0."""
 
     kind: Literal["supervised"] = "supervised"
     needs_student: ClassVar[bool] = True

@@ -1,7 +1,8 @@
 """View segmenter: an image network that names the part each pixel shows. PointMCD's teacher for part segmentation.
 
 Differs from the paper, whose label maps are rendered: here a view's labels are those of the points visible in it, at
-their pixels, and background where nothing was hit. Pixels that show a surface between the points do not count.
+their pixels, and background where nothing was hit. Pixels that show a surface between the points do not count. And where
+the paper's code draws a class first and then one of its shapes, here every shape is as likely.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from datastore.batch import Batch
-from datastore.errors import DoNotRetry
+from datastore.errors import AskedWrongly, DoNotRetry
 from models.encoding import PointEncoder
 from models.image_models.attention_vgg import ViewAutoencoder, ViewSegmenter, ViewSegmenterConfig
 from trainer.augment import uniform
@@ -69,6 +70,11 @@ class ViewSegmenting(Objective[ViewSegmentingBatch]):
         self.segmenter = config.image_model.model_copy(update=sizes).build()
         if config.start is not None:
             trunk = load_network(config.start, ViewAutoencoder, key="objective.start").trunk
+            if trunk.widths != self.segmenter.trunk.widths:
+                raise AskedWrongly(
+                    f"objective.start={config.start} has a trunk of widths {trunk.widths}, and this run's has "
+                    f"{self.segmenter.trunk.widths}: set objective.image_model.width to the autoencoder's."
+                )
             self.segmenter.trunk.load_state_dict(trunk.state_dict())
 
     @property
@@ -82,7 +88,7 @@ class ViewSegmenting(Objective[ViewSegmentingBatch]):
             _chosen(batch.pixels.transpose(1, 2), view).long(),
             _chosen(batch.visibility.transpose(1, 2), view),
             batch.part_labels.long(),
-            _chosen(batch.depth, view).int() > 0,
+            _chosen(batch.depth.int(), view) > 0,  # as int32: GPUs cannot index uint16
             self.segmenter.image_size,
             background=self.num_parts,
         )

@@ -1,5 +1,7 @@
 """Tests of trainer/objectives/view_autoencoder.py."""
 
+import dataclasses
+
 import torch
 
 from tests.trainer.objectives.cases.view_autoencoder import CASES, some_views
@@ -29,6 +31,8 @@ def test_one_view_of_each_shape_is_drawn_by_its_seed() -> None:
     term = objective(batch)["image"]
     assert errors.amin(dim=1).mean() < term < errors.amax(dim=1).mean()
     torch.testing.assert_close(objective(batch)["image"], term)
+    others = {objective(dataclasses.replace(batch, seeds=batch.seeds + seed))["image"].item() for seed in range(1, 9)}
+    assert len(others | {term.item()}) > 4, "other seeds draw other views"
 
 
 def test_an_image_that_is_reproduced_has_no_error() -> None:

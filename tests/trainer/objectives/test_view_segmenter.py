@@ -1,12 +1,13 @@
 """Tests of trainer/objectives/view_segmenter.py."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from datastore.errors import DoNotRetry
+from datastore.errors import AskedWrongly, DoNotRetry
 from models.exported import save_exported
 from models.image_models.attention_vgg import ViewAutoencoderConfig
 from tests.trainer.objectives.cases.view_segmenter import CASES, hard_batch
@@ -68,6 +69,14 @@ def test_training_can_begin_with_an_autoencoder_s_trunk(tmp_path: Path) -> None:
         assert torch.equal(value, network.trunk.state_dict()[name]), name
 
 
+def test_a_trunk_of_another_width_is_refused_with_the_setting_s_name(tmp_path: Path) -> None:
+    config = ViewAutoencoderConfig.model_validate({**CASE.config["image_model"], "width": 0.125})
+    described = {"kind": "image_model", "image_model": config.model_dump(mode="json")}
+    save_exported(tmp_path, described, config.build(), "", {})
+    with pytest.raises(AskedWrongly, match=r"set objective\.image_model\.width to the autoencoder's"):
+        ViewSegmentingConfig.model_validate({**CASE.config, "start": str(tmp_path)}).build(None, CASE.corpus)
+
+
 def test_a_store_without_parts_is_refused() -> None:
     with pytest.raises(DoNotRetry, match="names no parts"):
         ViewSegmentingConfig.model_validate(CASE.config).build(None, Corpus(("chair",), 4, 32))
@@ -78,3 +87,5 @@ def test_a_view_is_drawn_by_the_shape_s_seed() -> None:
     batch = hard_batch()
     first, again = objective(batch)["pixels"], objective(batch)["pixels"]
     assert torch.equal(first, again) and torch.isfinite(first) and first > 0
+    others = {objective(dataclasses.replace(batch, seeds=batch.seeds + seed))["pixels"].item() for seed in range(1, 9)}
+    assert len(others | {first.item()}) > 4, "other seeds draw other views"
