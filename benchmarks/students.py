@@ -7,7 +7,7 @@ The straightforward version is what papers' code does in plain torch: 1x1 convol
 edge written down, neighbours from `cdist` and `topk`, ball queries by sorting, farthest points with a broadcast difference.
 Both get the same weights and have to return the same before they are timed, in turns. Clouds are surfaces of ellipsoids in
 the unit ball. Memory is the peak above what was in use before the step; on a CPU each is measured in a process of its own.
-CurveNet has no such version here: its time and memory stand alone. `--compile` also times each student's step under
+CurveNet's differs from ours in how neighbours and centres are found alone. `--compile` also times each student's step under
 torch.compile, which takes minutes. On a busy machine `--threads 1 --cpu-time` counts processor time instead.
 To add a student, add a line to STUDENTS.
 """
@@ -27,12 +27,15 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.encoding import PointEncoder
+from models.ops.neighbours import Neighbours
+from models.students import curvenet
 from models.students.curvenet import CurveNetConfig
 from models.students.dgcnn import SEGMENTATION, DGCNNConfig
 from models.students.masked_transformer import MaskedTransformerConfig
@@ -302,6 +305,26 @@ class StraightMaskedTransformer(nn.Module):
         return self.norms[-1](tokens).max(dim=1).values
 
 
+class StraightCurveNet(nn.Module):
+    """The same layers; neighbours, balls and centres are found the straightforward way."""
+
+    def __init__(self, config: CurveNetConfig) -> None:
+        super().__init__()
+        self.network = config.build()
+
+    def forward(self, points: Tensor) -> Tensor:
+        def nearest(queries: Tensor, points: Tensor, k: int) -> Neighbours:
+            squared = torch.cdist(queries, points).square()
+            found = squared.topk(k, dim=-1, largest=False)
+            return Neighbours(found.indices, found.values)
+
+        with patch.multiple(
+            curvenet, nearest_neighbours=nearest, ball_query=sorting_ball_query, farthest_points=broadcast_farthest
+        ):
+            pooled: Tensor = self.network(points).pooled
+        return pooled
+
+
 @dataclass(frozen=True)
 class Student:
     """A student and its straightforward version, which returns the pooled embedding; what it should gain on a CPU."""
@@ -326,7 +349,7 @@ STUDENTS = {
     "dgcnn": Student(DGCNNConfig().build, lambda: StraightDGCNN(DGCNNConfig()), cpu_target=CPU_TARGET),
     "dgcnn_segmentation": Student(SEGMENTATION.build, lambda: StraightDGCNN(SEGMENTATION), num_points=2048),
     "pointmlp": Student(PointMLPConfig().build, lambda: StraightPointMLP(PointMLPConfig())),
-    "curvenet": Student(CurveNetConfig().build, None),
+    "curvenet": Student(CurveNetConfig().build, lambda: StraightCurveNet(CurveNetConfig())),
     "masked_transformer": Student(TRANSFORMER.build, lambda: StraightMaskedTransformer(TRANSFORMER), num_points=2048),
 }
 
