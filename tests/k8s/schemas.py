@@ -26,15 +26,18 @@ _OBJECT_META = "io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta"
 
 def refusal(document: Document, version: str = NEWEST) -> str | None:
     """Why a manifest is refused, with the path; None where it is valid."""
-    problem = jsonschema.exceptions.best_match(
-        _validator(document["apiVersion"], document["kind"], version).iter_errors(document)
-    )
+    problem = jsonschema.exceptions.best_match(problems(document, version))
     return None if problem is None else f"{'.'.join(map(str, problem.absolute_path))}: {problem.message}"
+
+
+def problems(document: Document, version: str = NEWEST) -> Iterator[jsonschema.exceptions.ValidationError]:
+    """Everything that is wrong with a manifest."""
+    return _validator(document["apiVersion"], document["kind"], version).iter_errors(document)
 
 
 def is_namespaced(document: Document) -> bool:
     """Whether objects of its kind live in a namespace."""
-    definition = _custom().get((document["apiVersion"].partition("/")[0], document["kind"]))
+    definition = custom_definitions().get((document["apiVersion"].partition("/")[0], document["kind"]))
     return definition["spec"]["scope"] == "Namespaced" if definition is not None else document["kind"] != "Namespace"
 
 
@@ -111,13 +114,14 @@ def _is_open(schema: Any) -> bool:
 
 @cache
 def _validator(api_version: str, kind: str, version: str) -> jsonschema.Draft202012Validator:
-    return jsonschema.Draft202012Validator(_schema(api_version, kind, version))
+    return jsonschema.Draft202012Validator(schema_of(api_version, kind, version))
 
 
 @cache
-def _schema(api_version: str, kind: str, version: str) -> Any:
+def schema_of(api_version: str, kind: str, version: str) -> Any:
+    """The strict schema of a kind, with nothing in it to look up; lists say by which keys they are merged."""
     group, _, served_as = api_version.rpartition("/")
-    definition = _custom().get((group, kind))
+    definition = custom_definitions().get((group, kind))
     if definition is None:
         short = "-".join(filter(None, (group.partition(".")[0], served_as)))
         return _whole(schema_contents(f"{_folder(version)}/{kind.lower()}-{short}.json", version), version)
@@ -153,6 +157,9 @@ def _strict(schema: Any) -> Any:
             "maxLength",
             "minItems",
             "maxItems",
+            "default",
+            "x-kubernetes-list-type",
+            "x-kubernetes-list-map-keys",
         )
     }
     if "properties" in schema:
@@ -193,7 +200,7 @@ def _definitions(version: str) -> Any:
 
 
 @cache
-def _custom() -> dict[tuple[str, str], Any]:
+def custom_definitions() -> dict[tuple[str, str], Any]:
     """The definitions in tests/crds by group and kind."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     found = [yaml.load(gzip.decompress(path.read_bytes()), loader) for path in sorted(CRDS.glob("*.yaml.gz"))]
