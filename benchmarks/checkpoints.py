@@ -77,7 +77,7 @@ def measure_saves(num_parameters: int, saves: int, rows: int) -> dict[str, float
         build_engine(Layers(num_parameters), EngineConfig(zero_stage=0), world, split_batch(rows, 1, rows)) as engine,
     ):
         objects = ObjectFolder(folder)
-        identity, config = Identity("benchmark", ""), CheckpointConfig(keep_last=1)
+        identity, config = Identity("benchmark", ""), CheckpointConfig()
         with Saver(engine, objects, start(engine, objects), config, identity) as saver:
             step(engine, rows)
             saver.prepare()

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Final
 
-from pydantic import BaseModel, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError
 
 from datastore.errors import DoNotRetry, StoreError, ViewpointError
 from datastore.objects import ObjectFolder
@@ -41,13 +41,16 @@ class CheckpointConfig(BaseModel, extra="forbid", frozen=True):
 
     every_steps: PositiveInt | None = None
     every_seconds: PositiveFloat | None = 60.0
-    keep_last: PositiveInt = 2  # two, so that a damaged newest one has a predecessor
+    # Never one alone: a newest one that is damaged needs a predecessor, and so does a start that found it as the newest
+    # while an older start, cut off in the middle of a commit, made another and retained only that
+    keep_last: int = Field(default=2, ge=2)
     keep_every: PositiveInt | None = None  # checkpoints at multiples of so many steps are never deleted
     # "loss" or the name of one of its terms: the checkpoint where it was lowest is kept, too. What counts is the mean over
     # the steps since the checkpoint before. None: no checkpoint is kept for being good
     keep_best: str | None = None
     background: bool = True  # False: training waits for each upload, and no process is started for them
-    retry_seconds: PositiveFloat = 300.0  # from the first trouble with an upload until the run stops for it
+    # From the first trouble with an upload, or with what the run writes down on object storage, until it stops for that
+    retry_seconds: PositiveFloat = 300.0
 
 
 def due(
@@ -232,8 +235,10 @@ def forget(folder: ObjectFolder, step: int) -> None:
 def retain(folder: ObjectFolder, config: CheckpointConfig, generation: int) -> list[int]:
     """Deletes superseded checkpoints and what killed or cut-off starts left behind; returns the steps that are gone.
 
-    Called by the start of that number after a commit: of its own files, only those of newer steps are under way.
+    Called by the start of that number after a commit: of its own files, only those of newer steps are under way. Where
+    a newer start exists, which may be reading what would go, SupersededError is raised and nothing deleted.
     """
+    check_fence(folder, generation)
     committed = _committed(folder)
     newest = max(committed, default=-1)
     figures = {step: manifest.figures for step, manifest in committed.items() if manifest is not None}

@@ -149,20 +149,44 @@ def test_retention_takes_garbage_along_and_leaves_what_is_under_way(folder: Obje
     assert all("generation-2" in name for name in names[30] if name != "manifest.json") and len(names[30]) == 3
     assert len(names[40]) == 2, "it is newer than what is committed: it may be under way"
     _save(folder, 50, now)
-    assert retain(folder, CheckpointConfig(keep_last=1), now) == [20, 30]
+    assert retain(folder, CheckpointConfig(), now) == [20]
     assert [name for name in folder.names() if not name.startswith("_")] == [
         "generation-00000002.json",
+        "step-00000030",
         "step-00000050",
     ]
 
 
+def test_a_start_that_was_cut_off_deletes_nothing_that_its_successor_may_be_reading(
+    folder: ObjectFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held up between looks at the fence, it commits when the newer start has found step 10 to be the newest already."""
+    first = claim_generation(folder, 1)
+    _save(folder, 5, first)
+    _save(folder, 10, first)
+    second = claim_generation(folder, 1)
+    with monkeypatch.context() as late:
+        late.setattr(commits, "check_fence", lambda folder, generation: None)
+        _save(folder, 20, first)
+        _save(folder, 30, first)
+    with pytest.raises(SupersededError, match="start 2 of this run"):
+        retain(folder, CheckpointConfig(), first)
+    record_resumed(folder, second, 1, 10)
+    assert committed_steps(folder) == [5, 10], "the newer start goes on from there, and what slipped in does not count"
+
+
+def test_the_newest_checkpoint_is_never_kept_alone() -> None:
+    with pytest.raises(ValueError, match=r"(?s)keep_last.*greater than or equal to 2"):
+        CheckpointConfig(keep_last=1)
+
+
 def test_the_best_checkpoint_is_kept_by_the_figure_that_is_named(folder: ObjectFolder) -> None:
     generation = claim_generation(folder, 1)
-    config = CheckpointConfig(keep_last=1, keep_best="task")
-    for step, loss in ((10, 0.5), (20, 0.2), (30, 0.4), (40, 0.3)):
+    config = CheckpointConfig(keep_best="task")
+    for step, loss in ((10, 0.5), (20, 0.2), (30, 0.4), (40, 0.3), (50, 0.6)):
         _save(folder, step, generation, figures={"loss": -loss, "task": loss})
         retain(folder, config, generation)
-    assert committed_steps(folder) == [20, 40]
+    assert committed_steps(folder) == [20, 40, 50]
 
 
 def test_saving_is_due_by_steps_or_by_time_and_costs_one_per_cent_at_most() -> None:
@@ -177,7 +201,7 @@ def test_saving_is_due_by_steps_or_by_time_and_costs_one_per_cent_at_most() -> N
 
 @given(
     steps=st.sets(st.integers(0, 50), min_size=1),
-    keep_last=st.integers(1, 4),
+    keep_last=st.integers(2, 4),
     keep_every=st.none() | st.integers(1, 7),
     best=st.integers(0, 50),
 )
