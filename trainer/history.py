@@ -20,6 +20,7 @@ _OF_STEPS: Final = ("data_wait", "forward", "backward", "optimizer", "other")
 _PRODUCTIVE: Final = ("forward", "backward", "optimizer")
 _NOT_COUNTED: Final = ("paused",)
 _TAIL_BYTES: Final = 2**16
+_TAIL_PARTS: Final = 8
 _STOPPED_KINDS: Final = ("stopped", "finished")
 
 Record = Mapping[str, Any]
@@ -82,10 +83,10 @@ def last_metrics(run_url: str) -> list[Record]:
     """The last lines of metrics.jsonl, read from its end: that of a long run is large."""
     folder = ObjectFolder(run_url)
     lines: list[Record] = []
-    for name in folder.names():
-        if name.startswith("metrics") and name.endswith(".jsonl"):
-            size = folder.size(name) or 0
-            tail = folder.read_range(name, max(0, size - _TAIL_BYTES), size).decode(errors="replace")
-            whole = tail.rpartition("\n")[0].split("\n")[0 if size <= _TAIL_BYTES else 1 :]
-            lines += [json.loads(line) for line in whole if line]
+    names = [name for name in folder.names() if name.startswith("metrics") and name.endswith(".jsonl")]
+    for name in names[-_TAIL_PARTS:]:  # the parts on object storage are named by the time at which their writer began
+        size = folder.size(name) or 0
+        tail = folder.read_range(name, max(0, size - _TAIL_BYTES), size).decode(errors="replace")
+        whole = tail.rpartition("\n")[0].split("\n")[0 if size <= _TAIL_BYTES else 1 :]
+        lines += [json.loads(line) for line in whole if line]
     return lines

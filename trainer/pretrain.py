@@ -326,17 +326,20 @@ class Report:
             self._progress = Progress(config.job, total_steps, "steps", resumed=position.step)
         self._line_at, self._line_samples = time.monotonic(), position.samples_seen
         self._line_wait = stream.data_wait_seconds
+        self._closing = ExitStack()
 
     def __enter__(self) -> Self:
+        self._closing.callback(self._exporter.close)
+        if self._world.is_first:
+            self._closing.enter_context(self._folder.written_behind(self._config.checkpoint.retry_seconds))
+        if self._progress is not None:
+            self._closing.push(self._progress)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._progress is not None:
-            self._progress.__exit__(kind, error, trace)
-        self._folder.flush()
-        self._exporter.close()
+        self._closing.__exit__(kind, error, trace)
 
     def started(
         self,
@@ -420,18 +423,15 @@ class Report:
 
     def unreadable(self, position: "Position") -> None:
         """Notes that the run stopped because its data could not be read."""
-        if self._world.is_first:
-            self._folder.append_event("unreadable", step=position.step)
+        self._end("unreadable", step=position.step)
 
     def not_finite(self, position: "Position", problem: str) -> None:
         """Notes why the run ended here."""
-        if self._world.is_first:
-            self._folder.append_event("not_finite", step=position.step, problem=problem)
+        self._end("not_finite", step=position.step, problem=problem)
 
     def stopped(self, position: "Position") -> None:
         """Notes that the run stopped before its end."""
-        if self._world.is_first:
-            self._folder.append_event("stopped", step=position.step, **self._account_of_line())
+        self._end("stopped", step=position.step, **self._account_of_line())
 
     def finished(self, position: "Position") -> None:
         """Exports what was trained and notes the end; a run that had finished before is left as it is."""
@@ -439,9 +439,14 @@ class Report:
 
         if self._world.is_first and not self._folder.is_finished():
             export_run(self._folder, position.step, self._folder.export_url)
-            self._folder.append_event(
-                "finished", step=position.step, seconds=self._account.seconds, **self._account_of_line()
-            )
+            self._end("finished", step=position.step, seconds=self._account.seconds, **self._account_of_line())
+
+    def _end(self, kind: str, **facts: Any) -> None:
+        """Writes down how the run ended, and waits until that is on storage."""
+        if self._world.is_first:
+            HEART.enter("finishing")
+            self._folder.append_event(kind, **facts)
+            self._folder.flush()
 
 
 def config_at(url: str) -> "RunConfig":

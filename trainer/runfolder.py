@@ -2,27 +2,28 @@
 
     RUNS/NAME/config.yaml  network.json  events.jsonl  metrics.jsonl  logs/  checkpoints/  evaluation/  export/  report.html  arms/ARM/...
 
-Local files are appended to. Object stores cannot append, so there each writer rewrites a file of its own
-(`events-WRITER.jsonl`), and readers merge them by time.
+Local files are appended to. Object stores cannot append, so there each process puts numbered parts of its own
+(trainer/journal.py), and readers merge them by time.
 """
 
 import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from datastore.errors import DoNotRetry
+from datastore.objects import ObjectFolder
 from trainer.config import RunConfig, read_config
+from trainer.journal import Journal
 
 Record = dict[str, Any]
-
-_REMOTE_FLUSH_SECONDS: Final = 15.0
 
 
 class RunFolder:
@@ -31,8 +32,6 @@ class RunFolder:
     def __init__(self, url: str, *, writer: str = "main") -> None:
         self.url = url.rstrip("/")
         self._writer = writer
-        self._pending: dict[str, list[str]] = {}
-        self._flushed_at: dict[str, float] = {}
 
     @cached_property
     def _filesystem(self) -> fsspec.AbstractFileSystem:
@@ -41,6 +40,10 @@ class RunFolder:
     @cached_property
     def _root(self) -> PurePosixPath:
         return PurePosixPath(fsspec.core.url_to_fs(self.url, use_listings_cache=False)[1])
+
+    @cached_property
+    def _journal(self) -> Journal:
+        return Journal(lambda name, text: self.write_text(name, text), self._writer)
 
     @property
     def is_local(self) -> bool:
@@ -104,10 +107,14 @@ class RunFolder:
         """Adds the figures of one step."""
         self._append("metrics", {"time": time.time(), **record}, at_once=False)
 
+    def written_behind(self, retry_seconds: float) -> AbstractContextManager[None]:
+        """Within the block no line waits for object storage, nor does trouble with it end the process before so long."""
+        return nullcontext() if self.is_local else self._journal.behind(retry_seconds)
+
     def flush(self) -> None:
         """Puts what object storage has not yet seen."""
-        for stem in list(self._pending):
-            self._put_pending(stem)
+        if not self.is_local:
+            self._journal.flush()
 
     def events(self) -> list[Record]:
         """The run's history, oldest first."""
@@ -182,22 +189,13 @@ class RunFolder:
             finally:
                 os.close(descriptor)
             return
-        self._pending.setdefault(stem, []).append(line)
-        if at_once or time.monotonic() - self._flushed_at.get(stem, 0.0) > _REMOTE_FLUSH_SECONDS:
-            self._put_pending(stem)
-
-    def _put_pending(self, stem: str) -> None:
-        name = f"{stem}-{self._writer}.jsonl"
-        lines = self._pending.get(stem, [])
-        if lines:
-            self.write_text(name, (self.read_text(name) or "") + "".join(lines))
-            self._pending[stem] = []  # not before: what could not be written is written with what comes next
-        self._flushed_at[stem] = time.monotonic()
+        self._journal.add(stem, line, at_once=at_once)
 
     def _read_lines(self, stem: str) -> Iterator[Record]:
-        records: list[Record] = []
-        for path in sorted(self._filesystem.glob(str(self._root / f"{stem}*.jsonl"))):
+        objects, records = ObjectFolder(self.url), []
+        names = [name for name in objects.names() if name.startswith(stem) and name.endswith(".jsonl")]
+        for _, content in sorted(objects.read_all(names).items()):
             # a process killed while writing leaves half a line at the end: it is no record
-            whole = self._filesystem.cat_file(path).decode().rpartition("\n")[0]
+            whole = content.decode().rpartition("\n")[0]
             records += [json.loads(line) for line in whole.splitlines() if line]
         return iter(sorted(records, key=lambda record: record["time"]))

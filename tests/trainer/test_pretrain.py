@@ -26,7 +26,7 @@ from tests.ranks import run_ranks
 from tests.stores import sample_arrays, small_teacher, write_blocks, write_small_store
 from trainer.commits import committed_steps
 from trainer.config import RunConfig, read_config
-from trainer.distributed import World
+from trainer.distributed import World, joined
 from trainer.pretrain import build_objective, config_at, load_first_weights, pretrain, run, step_seed
 from trainer.runfolder import RunFolder
 
@@ -146,6 +146,24 @@ def test_a_run_goes_on_with_fewer_processes_and_another_stage(store_url: str, tm
     assert run_ranks(_pretrain, _config(store_url, engine={"zero_stage": 0}), url, world=1) == [None]
     assert [step for step, *_ in _losses(url)] == list(range(1, STEPS + 1))
     assert RunFolder(url).is_finished()
+
+
+def test_trouble_with_what_a_run_writes_down_is_waited_out(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, write, failures = "memory://runs/trouble", RunFolder.write_text, iter(range(5))
+
+    def failing(self: RunFolder, name: str, text: str) -> None:
+        if name.startswith(("metrics", "events")) and next(failures, None) is not None:
+            raise OSError("503 Slow Down")
+        write(self, name, text)
+
+    monkeypatch.setattr(RunFolder, "write_text", failing)
+    config = _config(store_url, checkpoint={"every_steps": 4, "background": False})
+    with joined(20) as world:
+        pretrain(config, RunFolder(url, writer="rank-0"), world, threading.Event())
+    folder = RunFolder(url)
+    assert [event["event"] for event in folder.events()] == ["started", "saved", "saved", "finished"]
+    assert [step for step, *_ in _losses(url)] == list(range(1, STEPS + 1))
+    assert next(failures, None) is None, "all of the trouble was met"
 
 
 def _pretrain_until_unreadable(config: RunConfig, run_url: str, good_steps: int) -> str | None:

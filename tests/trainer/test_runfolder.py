@@ -1,6 +1,7 @@
 """Tests of `trainer/runfolder.py`, on local disk and on an object store in memory."""
 
 import threading
+import time
 from pathlib import Path
 
 import fsspec
@@ -110,3 +111,52 @@ def test_events_that_object_storage_would_not_take_are_written_with_the_next(mon
     monkeypatch.setattr(RunFolder, "write_text", write)
     run.append_event("kept")
     assert [event["event"] for event in run.events()] == ["lost", "kept"]
+
+
+def test_two_starts_of_one_writer_lose_no_line_of_each_other(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that was cut off and does not know it yet goes on writing beside the one that came after it."""
+    write_text = RunFolder.write_text
+
+    def slowly(self: RunFolder, name: str, text: str) -> None:
+        time.sleep(0.002)
+        write_text(self, name, text)
+
+    monkeypatch.setattr(RunFolder, "write_text", slowly)
+
+    def write(start: str) -> None:
+        run = RunFolder(url, writer="rank-0")
+        for number in range(30):
+            run.append_event("saved", start=start, number=number)
+
+    threads = [threading.Thread(target=write, args=(start,)) for start in ("cut off", "its successor")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = [(event["start"], event["number"]) for event in RunFolder(url).events()]
+    assert sorted(found) == [(start, number) for start in ("cut off", "its successor") for number in range(30)]
+
+
+def test_what_an_earlier_release_wrote_to_object_storage_is_still_read() -> None:
+    run = RunFolder("memory://runs/older")
+    run.write_text("events-rank-0.jsonl", '{"time": 1, "event": "started"}\n')
+    run.append_event("saved", step=3)
+    assert [event["event"] for event in run.events()] == ["started", "saved"]
+
+
+def test_behind_the_training_no_line_waits_for_object_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, may_go_on, write = RunFolder("memory://runs/behind"), threading.Event(), RunFolder.write_text
+
+    def stalled(self: RunFolder, name: str, text: str) -> None:
+        assert may_go_on.wait(20)
+        write(self, name, text)
+
+    monkeypatch.setattr(RunFolder, "write_text", stalled)
+    with run.written_behind(retry_seconds=20):
+        for step in range(100):
+            run.append_metrics({"step": step})
+        run.append_event("saved", step=99)  # would wait for the server, were it not behind
+        assert run.events() == []
+        may_go_on.set()
+        run.flush()
+        assert len(run.metrics()) == 100 and run.last_event("saved") is not None
