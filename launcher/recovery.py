@@ -44,7 +44,8 @@ class Recoveries:
 
     def beat(self, beat: Beat, generation: int, now: float) -> Recovery | None:
         """A worker's word; what is over where it is the first step after a disturbance."""
-        if generation != self._generation or beat.phase == "startup":
+        has_done_a_step = beat.phase != "startup" and (beat.phase != "data" or beat.step > 0)
+        if generation != self._generation or not has_done_a_step:
             return None
         self.newest_step = max(self.newest_step, beat.step)
         recovery = None

@@ -23,6 +23,8 @@ class Deadlines:
 
     def allowed(self, phase: str, typical_step: float | None) -> float:
         """The deadline of a phase, where a step typically takes so long; None before that is known."""
+        if phase == "data":  # the worker says again and again that it waits, for as long as it may
+            return self.step_floor
         if phase == "step" and typical_step is not None:
             return max(self.step_floor, self.step_factor * typical_step)
         longer = {"checkpoint": self.checkpoint, "finishing": self.finishing}.get(phase, self.startup)
@@ -45,6 +47,7 @@ class Watch:
     def __init__(self, deadlines: Deadlines) -> None:
         self._deadlines = deadlines
         self._last: Beat | None = None
+        self._stepped: Beat | None = None  # the end of the last step, if nothing but waiting for data came since
         self._changed_at = self._looked_at = 0.0
         self._steps: deque[float] = deque(maxlen=_REMEMBERED_STEPS)
 
@@ -58,8 +61,12 @@ class Watch:
         before, self._last = self._last, beat
         if before is None or beat != before:
             self._changed_at = now
-            if before is not None and before.phase == beat.phase == "step" and beat.step > before.step:
-                self._steps.append((beat.seconds - before.seconds) / (beat.step - before.step))
+            if beat.phase == "step":
+                if self._stepped is not None and beat.step > self._stepped.step:
+                    self._steps.append((beat.seconds - self._stepped.seconds) / (beat.step - self._stepped.step))
+                self._stepped = beat
+            elif beat.phase != "data":
+                self._stepped = None
             return None
         silent = now - self._changed_at
         allowed = self._deadlines.allowed(beat.phase, statistics.median(self._steps) if self._steps else None)

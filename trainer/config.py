@@ -87,6 +87,17 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
         return self
 
     @model_validator(mode="after")
+    def _ranks_wait_for_the_slowest_read(self) -> Self:
+        if self.engine.collective_timeout_seconds <= self.data_wait_seconds:
+            raise ValueError(
+                f"engine.collective_timeout_seconds is {self.engine.collective_timeout_seconds:g}, and one rank may wait "
+                f"{self.data_wait_seconds:g} s for its data (data.fetch.retry_seconds, and twice "
+                f"data.fetch.timeout_seconds) while the others wait for it: raise the former above that, or lower the "
+                f"latter"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _arms_are_valid(self) -> Self:
         for name, overrides in self.comparisons.items():
             try:
@@ -108,6 +119,12 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
             return ()
         fields: tuple[str, ...] = getattr(self.objective, "teacher_fields", ("view_features",))
         return fields
+
+    @property
+    def data_wait_seconds(self) -> float:
+        """How long a rank may wait for its data: trouble with a read is waited out, and its first and last try hang."""
+        fetch = self.data.fetch
+        return fetch.retry_seconds + 2 * fetch.timeout_seconds
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole run."""

@@ -82,7 +82,8 @@ class EngineConfig(BaseModel, extra="forbid", frozen=True):
     # What lies in host memory instead of the GPU's: the optimizer's state with the master weights, which are updated there
     # by torch's own optimizers (stages 1 to 3), and the weights, too (stage 3). On a CPU it changes nothing but costs copies
     offload: Literal["none", "optimizer", "all"] = "none"
-    collective_timeout_seconds: PositiveFloat = 120.0  # gloo's own 30 minutes would hide a dead rank
+    # gloo's own 30 minutes would hide a dead rank. Ranks wait here, too, while one of them waits for its data
+    collective_timeout_seconds: PositiveFloat = 180.0
 
     @model_validator(mode="after")
     def _stage_can_offload(self) -> Self:

@@ -61,3 +61,11 @@ def test_a_lost_step_is_counted_once() -> None:
     found = recoveries.beat(step(17), 3, 18.0)
     assert found is not None
     assert found.lost_steps == 0, "steps 17 to 20 were lost the first time"
+
+
+def test_waiting_for_the_first_data_is_no_step() -> None:
+    recoveries = running()
+    recoveries.heard("restart", {"cause": "worker_killed", "generation": 1}, 12.0)
+    recoveries.heard("workers_started", {"generation": 2}, 13.0)
+    assert recoveries.beat(Beat("data", 0, 0.0), 2, 14.0) is None
+    assert recoveries.beat(step(21), 2, 15.0) == Recovery(("worker_killed",), 3.0, lost_steps=0, generation=2)

@@ -86,3 +86,20 @@ def test_an_agent_that_was_stopped_itself_does_not_blame_its_worker() -> None:
     now = stepping(watch, 1.0, 8)
     assert watch.look(Beat("step", 8, 8.0), now + 500) is None
     assert silent_until(watch, Beat("step", 8, 8.0), now + 500) == 10
+
+
+def test_waiting_for_data_is_no_hang_while_it_is_said_and_one_soon_after() -> None:
+    watch = Watch(DEADLINES)
+    now = stepping(watch, 1.0, 8)
+    for second in range(1, 120):
+        assert watch.look(Beat("data", 8, float(second)), now + second) is None, "two minutes of trouble with a read"
+    assert silent_until(watch, Beat("data", 8, 120.0), now + 120) == 10, "of a suspended process, or one out of time"
+
+
+def test_how_long_a_step_takes_is_known_though_each_ends_with_a_wait_for_data() -> None:
+    watch = Watch(DEADLINES)
+    for step in range(1, 8):
+        watch.look(Beat("step", step, 3.0 * step), 3.0 * step)
+        watch.look(Beat("data", step, 3.0 * step + 2), 3.0 * step + 2)
+        watch.look(Beat("step", step, 3.0 * step), 3.0 * step + 2.9)  # the wait is over
+    assert silent_until(watch, Beat("step", 8, 24.0), 24.0) == 30

@@ -134,3 +134,13 @@ def test_the_length_of_a_run_is_given_in_epochs_or_steps() -> None:
 
 def test_numbers_in_scientific_notation_are_numbers() -> None:
     assert parse_assignments(["a=1e-3", "b=2", "c=word", "d=true"]) == {"a": 1e-3, "b": 2, "c": "word", "d": True}
+
+
+def test_ranks_wait_for_each_other_as_long_as_one_may_wait_for_its_data() -> None:
+    with pytest.raises(
+        AskedWrongly, match=r"collective_timeout_seconds is 120, and one rank may wait 160 s"
+    ) as refused:
+        load_recipe("pointmcd", demo=True, assignments=["engine.collective_timeout_seconds=120"])
+    assert "data.fetch.retry_seconds" in str(refused.value)
+    lowered = ["engine.collective_timeout_seconds=120", "data.fetch.retry_seconds=60"]
+    assert load_recipe("pointmcd", demo=True, assignments=lowered).data_wait_seconds == 100

@@ -3,12 +3,14 @@
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.runs import tiny_config, train, write_corpus
-from trainer.heartbeat import HEARTBEAT_VARIABLE, Heart, read_beat
+from trainer import heartbeat
+from trainer.heartbeat import HEARTBEAT_VARIABLE, Beat, Heart, read_beat
 
 
 def test_the_last_word_is_read_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,6 +34,34 @@ def test_without_the_variable_nothing_is_written(tmp_path: Path, monkeypatch: py
     heart.start()
     heart.beat(1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_waits_for_data_says_so_again_and_again_for_as_long_as_that_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "_PULSE_SECONDS", 0.02)
+    monkeypatch.setenv(HEARTBEAT_VARIABLE, str(tmp_path / "heartbeat"))
+    heart = Heart()
+    heart.start()
+    heart.beat(7)
+
+    def said_within(seconds: float) -> list[Beat]:
+        until, said = time.monotonic() + seconds, list[Beat]()
+        while time.monotonic() < until:
+            beat = read_beat(str(tmp_path / "heartbeat"))
+            if beat is not None and beat not in said:
+                said.append(beat)
+            time.sleep(0.005)
+        return said
+
+    (before,) = said_within(0.02)
+    with heart.waiting_for_data(0.4):
+        waiting = said_within(0.3)
+        assert {beat[:2] for beat in waiting} == {("data", 7)}
+        assert len(waiting) > 2
+        said_within(0.2)
+        assert len(said_within(0.2)) == 1, "its time is over: the watchdog may count"
+    assert said_within(0.1) == [before], "the time of a step is that between two of these"
 
 
 def test_training_says_each_phase_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
