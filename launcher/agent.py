@@ -441,7 +441,9 @@ def check_environment(environment: Mapping[str, str]) -> None:
 
 def build_agent(arguments: argparse.Namespace, nursery: Nursery) -> NodeAgent:
     """The agent of one node, not yet started."""
-    link = Link(arguments.endpoint, arguments.job, arguments.node, arguments.address)
+    link = Link(
+        arguments.endpoint, arguments.job, arguments.node, arguments.address, give_up_seconds=arguments.node_timeout
+    )
     handler = NodeRendezvous(link, arguments.job, arguments.address)
     worker, *words = arguments.command
     spec = WorkerSpec(

@@ -2,6 +2,10 @@
 
 A cut network blocks that thread and nothing else. `silent_seconds` then grows, and the agent stops its workers: the other
 nodes go on without them, and two worlds must not write side by side.
+
+Where the host of the store loses power, nobody closes the connection: torch's time-out bounds neither a `set` nor an
+`add`, and the kernel goes on sending for a quarter of an hour. So a connection that is silent for too long is given up with
+the thread that waits there, and another thread looks for the host's successor.
 """
 
 import json
@@ -17,7 +21,6 @@ from launcher.membership import Order, Report
 from launcher.rendezvous import AGENTS, ORDER, agent_key, beat_key, report_key
 
 EXCHANGE_SECONDS: Final = 0.1
-_TIMEOUT: Final = timedelta(seconds=10)
 _AGAIN_SECONDS: Final = 0.5
 _logger = logging.getLogger("launcher.link")
 
@@ -25,7 +28,7 @@ _logger = logging.getLogger("launcher.link")
 class Link:
     """Reports what the agent last said; knows the newest order."""
 
-    def __init__(self, endpoint: str, job: str, node: int, address: str) -> None:
+    def __init__(self, endpoint: str, job: str, node: int, address: str, *, give_up_seconds: float = 10.0) -> None:
         host, _, port = endpoint.rpartition(":")
         self._host, self._port, self._job = host, int(port), job
         self._node, self._address = node, address
@@ -34,12 +37,24 @@ class Link:
         self._sent: Report | None = None
         self._order = Order()
         self._agent = -1
-        self._store: PrefixStore | None = None
         self._heard_at = time.monotonic()
+        self._give_up_seconds = give_up_seconds
+        self._carrier = 0  # the number of the thread that carries; those before it were given up
+        self._tried_at = 0.0  # when it last began anything
+        self._keeper: threading.Thread | None = None
+        self._is_closed = False
 
     def start(self) -> None:
         """Connects, and goes on trying as long as nobody is there."""
-        threading.Thread(target=self._carry, name="link", daemon=True).start()
+        self._keeper = threading.Thread(target=self._keep_carrying, name="link", daemon=True)
+        self._keeper.start()
+
+    def close(self) -> None:
+        """Says nothing any more. A thread that waits for an answer ends when it comes, or does not."""
+        self._is_closed = True
+        self._carrier += 1
+        if self._keeper is not None:
+            self._keeper.join()
 
     @property
     def agent(self) -> int:
@@ -72,33 +87,72 @@ class Link:
         with self._changed:
             self._changed.wait(seconds)
 
-    def _carry(self) -> None:
-        while True:
-            try:
-                self._exchange()
+    def _keep_carrying(self) -> None:
+        """Has one thread carry, and another one where that hangs."""
+        while not self._is_closed:
+            self._carrier += 1
+            self._tried_at = time.monotonic()
+            thread = threading.Thread(target=self._carry, args=(self._carrier,), name="link-carrier", daemon=True)
+            thread.start()
+            while (
+                thread.is_alive() and time.monotonic() - self._tried_at < self._give_up_seconds and not self._is_closed
+            ):
                 time.sleep(EXCHANGE_SECONDS)
-            except (DistError, OSError) as error:
-                if self._store is not None:
-                    _logger.warning("lost the rendezvous at %s:%d: %s", self._host, self._port, error)
-                self._store, self._sent = None, None
+            if self._is_closed:
+                thread.join(self._give_up_seconds)
+                return
+            _logger.warning(
+                "the rendezvous at %s:%d has not answered for %.0f s: connecting anew",
+                self._host, self._port, self._give_up_seconds,
+            )  # fmt: skip
+
+    def _carry(self, number: int) -> None:
+        store: PrefixStore | None = None
+        while number == self._carrier:
+            self._tried_at = time.monotonic()
+            try:
+                store = store or self._connect(number)
+                self._exchange(store, number)
+                time.sleep(EXCHANGE_SECONDS)
+            except GivenUpError:
+                return
+            except Exception as error:  # noqa: BLE001 (whatever it is, an agent without a link would never be heard of again)
+                if store is not None or not isinstance(error, DistError | OSError):
+                    reason = str(error).partition("\n")[0]  # torch adds its own stack
+                    _logger.warning("lost the rendezvous at %s:%d: %s", self._host, self._port, reason)
+                store = None
+                with self._changed:
+                    self._sent = None
                 time.sleep(_AGAIN_SECONDS)
 
-    def _exchange(self) -> None:
-        store = self._store or self._connect()
+    def _exchange(self, store: PrefixStore, number: int) -> None:
         report = self._report
         if report != self._sent:
             store.set(report_key(self._agent), report.to_json())
         store.add(beat_key(self._agent), 1)
         order = Order.from_json(store.get(ORDER))
         with self._changed:
-            self._store, self._sent, self._order = store, report, order
+            self._check(number)
+            self._sent, self._order = report, order
             self._heard_at = time.monotonic()
             self._changed.notify_all()
 
-    def _connect(self) -> PrefixStore:
-        connection = TCPStore(self._host, self._port, is_master=False, wait_for_workers=False, timeout=_TIMEOUT)
+    def _connect(self, number: int) -> PrefixStore:
+        timeout = timedelta(seconds=0.8 * self._give_up_seconds)  # a host that is not there is nothing to speak of
+        connection = TCPStore(self._host, self._port, is_master=False, wait_for_workers=False, timeout=timeout)
         store = PrefixStore(self._job, connection)
-        self._agent = store.add(AGENTS, 1) - 1
-        store.set(report_key(self._agent), self._report.to_json())
-        store.set(agent_key(self._agent), json.dumps({"node": self._node, "address": self._address}))
+        agent = store.add(AGENTS, 1) - 1
+        store.set(report_key(agent), self._report.to_json())
+        store.set(agent_key(agent), json.dumps({"node": self._node, "address": self._address}))
+        with self._changed:
+            self._check(number)
+            self._agent, self._sent = agent, None
         return store
+
+    def _check(self, number: int) -> None:
+        if number != self._carrier:
+            raise GivenUpError
+
+
+class GivenUpError(Exception):
+    """Another thread carries by now."""
