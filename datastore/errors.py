@@ -6,6 +6,7 @@ EXIT_DONE: Final = 0
 EXIT_FAILED: Final = 1
 EXIT_ASKED_WRONGLY: Final = 2
 EXIT_DO_NOT_RETRY: Final = 64
+EXIT_UNAVAILABLE: Final = 69
 EXIT_STOPPED: Final = 75
 
 
@@ -19,6 +20,12 @@ class AskedWrongly(ViewpointError):
     """Usage: unknown job, bad recipe, an option out of range."""
 
     exit_code = EXIT_ASKED_WRONGLY
+
+
+class Unavailable(ViewpointError):
+    """Something outside does not answer, such as storage: the same will work once it does."""
+
+    exit_code = EXIT_UNAVAILABLE
 
 
 class DoNotRetry(ViewpointError):

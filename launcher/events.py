@@ -32,6 +32,13 @@ def describe_event(kind: str, facts: Mapping[str, Any]) -> str | None:
     if kind == "node_replaced":
         after = f" in {facts['after_seconds']:.0f} s" if facts["after_seconds"] else ""
         return f"{facts['name']}: its agent {facts['ended']}; it starts again{after}"
+    if kind == "node_excluded":
+        return (
+            f"node {facts['node']} alone broke {facts['times']} worlds in a row ({facts['why']}): the others go on "
+            f"without it for {format_seconds(facts['seconds'])}"
+        )
+    if kind == "restart" and facts["cause"] == "storage_away":
+        return f"storage does not answer ({facts['why']}): all start again after a pause"
     if kind == "cut_off":
         return f"node {facts['node']} cannot reach the others, and killed its workers"
     if kind == "waiting_for_nodes":

@@ -3,6 +3,12 @@
 Agents report what they do; the one `Order` that all of them read says who is in the world, when workers shall stop for
 the next one, and how the job ended. A world has as many nodes as are there and can share the global batch, and no more
 than were asked for. Worlds are numbered.
+
+A broken world is followed by the next, sooner or later: failures in a row without a new checkpoint have longer and longer
+pauses between them, and end the job when there are too many. 64, which nobody retries, is for workers that fail alike each
+time. Nodes that get lost end it as failed, for another try may find better ones. Storage that does not answer is waited
+for as long as nodes are. A node that alone breaks one world after another is left out of the next ones, where they can do
+without it.
 """
 
 import json
@@ -10,7 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal
 
-from datastore.errors import EXIT_ASKED_WRONGLY, EXIT_DO_NOT_RETRY, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from datastore.errors import (
+    EXIT_ASKED_WRONGLY,
+    EXIT_DO_NOT_RETRY,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    EXIT_UNAVAILABLE,
+)
 
 Phase = Literal["ready", "running", "done", "leaving"]
 Restart = Literal["", "now", "after_saving"]
@@ -21,6 +34,9 @@ EventListener = Callable[..., Any]
 
 FINAL_CODES: Final = (EXIT_DO_NOT_RETRY, EXIT_ASKED_WRONGLY)
 """Exit codes of a worker that end the job: no restart would mend it."""
+
+_BLAMED_TIMES: Final = 3  # in a row and alone, after which a node is left out
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 4.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -92,7 +108,8 @@ class Rules:
     first_call_seconds: float = 60.0  # for all nodes to come to the first world
     last_call_seconds: float = 1.0  # for one more, once enough are there
     settle_seconds: float = 1.0  # that a new node must have been there before a running world stops for it
-    patience_seconds: float = 600.0  # for enough nodes to come
+    patience_seconds: float = 600.0  # for enough nodes to come, and for storage to answer
+    excluded_seconds: float = 1800.0  # for which a node that alone breaks every world is left out
     leavers_return: bool = False  # a node that is told to leave is started again elsewhere: too few wait for it
 
     def fit(self, present: int) -> int:
@@ -115,6 +132,16 @@ class _Agent:
     report: Report = field(default_factory=Report)
 
 
+@dataclass(frozen=True)
+class _Setback:
+    """Why a world ended without a new checkpoint."""
+
+    why: str
+    node: int | None  # the one node whose fault it was, if that is clear
+    is_of_worker: bool  # and not of a node that was lost
+    is_outage: bool = False  # storage did not answer
+
+
 class Membership:
     """Decides; whoever holds it carries reports in and the order out."""
 
@@ -134,18 +161,26 @@ class Membership:
         self._agents: dict[int, _Agent] = {}
         self._changed_at = 0.0  # when the nodes that are there changed, or what they do
         self._gathering_since: float | None = None
-        self._lost: list[str] = []  # members of the world that are gone, and why
+        self._lost: dict[int, str] = {}  # nodes of the world that are gone, and why
+        self._failed_first: set[int] = set()  # nodes whose workers had failed when the others' were still at work
         self._has_left = False  # a member was told to leave, and saved
         self._is_booked = False  # why the world ended is counted
-        self._failures: list[str] = []  # in a row without progress
+        self._setbacks: list[_Setback] = []  # in a row without progress
+        self._outage_since: float | None = None
+        self._excluded: dict[int, float] = {}  # by node: until when
         self._progress_before = 0.0
         self._not_before = 0.0
         self._is_waiting = False
 
     def join(self, agent: int, node: int, address: str, now: float) -> None:
         """A new agent. One that ran on the same node before is gone."""
+        made = _Agent(agent, node, address, joined_at=now, heard_at=now)
+        if self._is_replaced(made):  # a connection that its agent gave up long ago had its last words on their way
+            made.is_lost = True
+            self._agents[agent] = made
+            return
         self.gone(node, "a new agent runs there")
-        self._agents[agent] = _Agent(agent, node, address, joined_at=now, heard_at=now)
+        self._agents[agent] = made
         self._changed_at = now
         self._on_event("node_joined", node=node)
 
@@ -230,7 +265,7 @@ class Membership:
         if agent.report.phase == "leaving" and agent.report.exit_code == EXIT_STOPPED:
             self._has_left = True
         else:
-            self._lost.append(f"node {agent.node} was lost: {why}")
+            self._lost[agent.node] = f"node {agent.node} was lost: {why}"
 
     def _judge_world(self, now: float) -> None:
         """Ends the job where the world is done; calls for the next world where this one broke or can grow."""
@@ -242,9 +277,14 @@ class Membership:
         settled = [
             agent
             for agent in self._agents.values()
-            if self._is_ready(agent) and now - agent.joined_at >= self._rules.settle_seconds
+            if self._is_ready(agent)
+            and now - agent.joined_at >= self._rules.settle_seconds
+            and (self._is_member(agent) or not self._is_excluded(agent, now))
         ]
-        if self._lost or any(failure.cause != "saved" for agent in ended for failure in agent.report.failures):
+        failed = {agent.node for agent in ended for failure in agent.report.failures if failure.cause != "saved"}
+        if self._lost or failed:
+            if self.order.restart != "now":
+                self._failed_first = failed
             self._call("now", now)
         elif self.order.restart:
             return
@@ -269,6 +309,9 @@ class Membership:
         ready = [agent for agent in present if self._is_ready(agent)]
         if self.order.restart and not self._is_booked:
             self._book(ready, now)
+        wanted = [agent for agent in ready if not self._is_excluded(agent, now)]
+        if self._rules.fit(len(wanted)):  # else a bad node is better than none
+            ready = wanted
         size = self._rules.fit(len(ready))
         if self.order.end is not None or now < self._not_before:
             return
@@ -291,17 +334,16 @@ class Membership:
             self._on_event("waiting_for_nodes", there=ready, least=self._rules.least)
 
     def _book(self, ready: Sequence[_Agent], now: float) -> None:
-        """Counts why the world ended; too many failures in a row without progress end the job."""
+        """Takes down why the world ended; too many failures in a row without progress end the job."""
         self._is_booked = True
-        failures = [
-            failure
+        of_nodes = [
+            (agent.node, failure)
             for agent in ready
             if self._is_member(agent)
             for failure in agent.report.failures
             if failure.cause != "saved"
         ]
-        causes = self._lost or [_first_cause(failures)] if failures or self._lost else []
-        if not causes:
+        if not (of_nodes or self._lost):
             saved = any(self._is_member(agent) and agent.report.failures for agent in ready)
             grows = self._rules.fit(len(ready)) > len(self.order.members)
             if saved and not self._has_left and not grows:
@@ -309,35 +351,78 @@ class Membership:
                 return
             self._on_event("restart", cause="node_left" if self._has_left else "node_joined", generation=self._worlds)
             return
-        cause = "node_lost" if self._lost else f"worker_{_worst(failures).cause}"
-        self._on_event("restart", cause=cause, why="; ".join(causes), generation=self._worlds)
+        setback = self._explain(of_nodes)
+        cause = "node_lost" if self._lost else f"worker_{_worst([failure for _, failure in of_nodes]).cause}"
+        cause = "storage_away" if setback.is_outage else cause
+        self._on_event("restart", cause=cause, why=setback.why, generation=self._worlds)
         progress = self._progress()
         if progress > self._progress_before:
-            self._progress_before = progress
-            self._failures.clear()
-        self._failures.append("; ".join(causes))
-        count = len(self._failures)
-        if count > self._rules.max_restarts:
-            self._give_up(count)
-        elif count > 1:
-            self._not_before = now + 2.0 * 4 ** (count - 2)  # what is overloaded may need a rest
+            self._progress_before, self._outage_since = progress, None
+            self._setbacks.clear()
+        self._setbacks.append(setback)
+        if setback.is_outage:
+            self._outage_since = now if self._outage_since is None else self._outage_since
+            if now - self._outage_since > self._rules.patience_seconds:
+                self.end(EXIT_FAILED, f"storage has not answered for {now - self._outage_since:.0f} s: {setback.why}")
+        else:
+            self._exclude_or_give_up([each for each in self._setbacks if not each.is_outage], now)
+        if len(self._setbacks) > 1:  # what is overloaded may need a rest
+            pause = _FIRST_PAUSE_SECONDS * 4 ** min(len(self._setbacks) - 2, 9)
+            self._not_before = now + min(pause, _LONGEST_PAUSE_SECONDS)
 
-    def _give_up(self, count: int) -> None:
+    def _explain(self, of_nodes: Sequence[tuple[int, Failure]]) -> _Setback:
+        """Why the world ended, and through which node if through one."""
+        if self._lost:
+            only = next(iter(self._lost)) if len(self._lost) == 1 else None
+            return _Setback("; ".join(self._lost.values()), only, is_of_worker=False)
+        failures = [failure for _, failure in of_nodes]
+        worst = _worst(failures)
+        nodes = {node for node, failure in of_nodes if failure.cause == worst.cause}
+        if len(nodes) > 1 and len(self._failed_first) == 1:  # the others only lost their connection to it
+            nodes = set(self._failed_first)
+        only = next(iter(nodes)) if len(nodes) == 1 else None
+        is_outage = worst.cause == "failed" and any(each.exit_code == EXIT_UNAVAILABLE for each in failures)
+        return _Setback(_first_cause(failures), only, is_of_worker=True, is_outage=is_outage)
+
+    def _exclude_or_give_up(self, setbacks: Sequence[_Setback], now: float) -> None:
+        count, limit = len(setbacks), self._rules.max_restarts
+        node = setbacks[-1].node
+        others = {
+            agent.node for agent in self._agents.values() if not agent.is_lost and not self._is_excluded(agent, now)
+        } - {node}
+        is_of_one_node = node is not None and all(each.node == node for each in setbacks)
+        if count > 1 and count >= min(_BLAMED_TIMES, limit + 1) and is_of_one_node and self._rules.fit(len(others)):
+            assert node is not None
+            self._excluded[node] = now + self._rules.excluded_seconds
+            self._on_event(
+                "node_excluded", node=node, times=count, why=setbacks[-1].why, seconds=self._rules.excluded_seconds
+            )
+            self._setbacks.clear()
+        elif count > limit:
+            self._give_up(setbacks)
+
+    def _is_excluded(self, agent: _Agent, now: float) -> bool:
+        return now < self._excluded.get(agent.node, 0.0)
+
+    def _give_up(self, setbacks: Sequence[_Setback]) -> None:
+        count, last = len(setbacks), setbacks[-1]
         if count == 1:
-            self.end(EXIT_FAILED, self._failures[0])
+            self.end(EXIT_FAILED, last.why)
             return
-        is_same = len(set(self._failures)) == 1
+        is_same = last.is_of_worker and all(each.why == last.why for each in setbacks)
+        how = f"each time alike ({last.why})" if is_same else f"the last time as {last.why}"
+        mend = "Restarting does not mend it: look into the log" if is_same else "Look into the log and at the nodes"
         self.end(
             EXIT_DO_NOT_RETRY if is_same else EXIT_FAILED,
-            f"the job failed {count} times in a row without a new checkpoint, "
-            + (f"each time alike ({self._failures[0]})" if is_same else f"the last time as {self._failures[-1]}")
-            + f". Restarting does not mend it: look into the log, or allow more with --max-restarts (now {count - 1})",
+            f"the job failed {count} times in a row without a new checkpoint, {how}. {mend}, or allow more with "
+            f"--max-restarts (now {count - 1})",
         )
 
     def _form(self, chosen: Sequence[_Agent]) -> None:
         members = tuple(Member(agent.number, agent.node, agent.address, agent.report.port) for agent in chosen)
         self.order = Order(self.order.generation + 1, members)
-        self._gathering_since, self._lost, self._has_left = None, [], False
+        self._gathering_since, self._lost, self._has_left = None, {}, False
+        self._failed_first = set()
         self._is_booked = self._is_waiting = False
         self._on_event("world_formed", generation=self._worlds, nodes=[member.node for member in members])
 

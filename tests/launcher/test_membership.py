@@ -1,9 +1,10 @@
 """Which nodes form the world, told as stories of reports and orders."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
-from datastore.errors import EXIT_DO_NOT_RETRY, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from datastore.errors import EXIT_DO_NOT_RETRY, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_UNAVAILABLE
 from launcher.membership import Failure, Membership, Order, Report, Rules
 
 
@@ -184,7 +185,7 @@ def test_too_few_nodes_wait_and_say_so_and_give_up_after_a_while() -> None:
 
 
 def test_the_same_failure_again_and_again_without_a_new_checkpoint_ends_the_job_for_good() -> None:
-    story = started(max_restarts=2)
+    story = started(max_restarts=2, least=3)
     for _ in range(3):
         story.fail(1, "failed", 1)
         story.after(0.1)
@@ -345,3 +346,111 @@ def test_the_successor_of_a_lost_host_numbers_its_worlds_anew() -> None:
     assert heard[-1] == {"event": "world_formed", "generation": 1, "nodes": [0]}
     assert membership.heard_within(1.0, 0.5)
     assert not membership.heard_within(1.0, 1.5)
+
+
+def test_the_late_words_of_a_connection_that_was_given_up_replace_nobody() -> None:
+    story = Story(Rules(most=1, least=1))
+    story.join(5, node=0)
+    story.after(0.2)
+    story.run()
+    story.join(4, node=0)
+    story.silent.add(4)
+    story.after(0.2)
+    assert story.order.restart == ""
+    assert [member.agent for member in story.order.members] == [5]
+
+
+def test_nodes_that_get_lost_again_and_again_end_the_job_but_another_try_may_find_better_ones() -> None:
+    story = started(max_restarts=3, least=3)
+    for number in range(4):
+        story.membership.gone(2, "its agent was killed")
+        story.after(0.1)
+        story.say(0, 1)
+        story.join(10 + number, node=2)
+        story.after(70)
+        story.run()
+    assert story.order.end == EXIT_FAILED, "and not 64, which nobody tries again"
+    assert "failed 4 times in a row" in story.order.reason
+
+
+def test_storage_that_does_not_answer_is_waited_for_with_longer_and_longer_pauses() -> None:
+    story = started(max_restarts=1, least=3, patience_seconds=600.0)
+    began = story.now
+    worlds: list[float] = []
+    while story.order.end is None and story.now < 2000:
+        worlds.append(story.now)
+        story.fail(0, "failed", EXIT_UNAVAILABLE)
+        story.say(1, 2, failures=(Failure(1, EXIT_FAILED, "failed"),))  # they lost their connection to it
+        generation = story.order.generation
+        while story.order.generation == generation and story.order.end is None:
+            story.after(0.1)
+        story.run()
+    assert story.order.end == EXIT_FAILED
+    assert 600 < story.now - began < 700
+    assert "storage has not answered for" in story.order.reason
+    pauses = [round(after - before) for before, after in pairwise(worlds)]
+    assert pauses[:4] == [0, 4, 16, 60]
+    assert set(pauses[4:]) == {60}
+    assert {event["cause"] for event in story.of_kind("restart")} == {"storage_away"}
+
+
+def test_an_outage_that_is_over_leaves_nothing_behind() -> None:
+    story = started(max_restarts=1, least=3)
+    for progress, code in ((0, EXIT_UNAVAILABLE), (0, EXIT_UNAVAILABLE), (1, 1), (1, 1)):
+        story.progress = progress
+        story.fail(0, "failed", code)
+        story.say(1, 2)
+        story.after(20)
+        story.run()
+    assert story.order.end == EXIT_DO_NOT_RETRY, "two failures since, one more than is allowed"
+
+
+def fail_alone(story: Story, agent: int, times: int) -> None:
+    """Its worker dies, and the others' lose their connection to it."""
+    for _ in range(times):
+        story.fail(agent, "failed", 1)
+        story.after(0.1)
+        others = [member.agent for member in story.order.members if member.agent != agent]
+        for other in others:
+            story.fail(other, "failed", 1)
+        story.after(70)
+        story.run()
+
+
+def test_a_node_that_alone_breaks_one_world_after_another_is_left_out() -> None:
+    story = started(excluded_seconds=300.0)
+    fail_alone(story, 2, times=3)
+    assert story.nodes == [0, 1]
+    (excluded,) = story.of_kind("node_excluded")
+    assert (excluded["node"], excluded["times"], excluded["why"]) == (2, 3, "rank 0 failed with exit code 1")
+    assert story.after(200).restart == "", "it is no newcomer"
+    assert story.after(100).restart == "after_saving", "it gets another chance"
+
+
+def test_no_node_is_left_out_that_the_job_cannot_spare() -> None:
+    story = started(least=3)
+    fail_alone(story, 2, times=4)
+    assert story.of_kind("node_excluded") == []
+    assert story.order.end == EXIT_DO_NOT_RETRY
+
+
+def test_no_node_is_left_out_for_what_happens_on_all_of_them() -> None:
+    story = started(max_restarts=5)
+    for _ in range(5):
+        for agent in (0, 1, 2):
+            story.fail(agent, "failed", 1)
+        story.after(70)
+        story.run()
+    assert story.of_kind("node_excluded") == []
+
+
+def test_a_node_that_was_left_out_is_better_than_none() -> None:
+    story = started()
+    fail_alone(story, 2, times=3)
+    assert story.nodes == [0, 1]
+    story.silent.add(1)
+    story.membership.gone(1, "its agent was killed")
+    story.after(0.1)
+    story.say(0)
+    story.after(70)
+    assert story.nodes == [0, 2]
