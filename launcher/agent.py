@@ -58,6 +58,7 @@ MONITOR_SECONDS: Final = 0.1
 LEAVE_TOGETHER_SECONDS: Final = 10.0
 STOP_TIMEOUT_SECONDS: Final = 120.0  # a checkpoint must be saved within it once a stop is asked for
 STACKS_SECONDS: Final = 1.0  # that a hung worker has to write them
+KILL_SECONDS: Final = 30.0  # that a killed worker has to end: it may have much memory to give back
 DELIVERY_SECONDS: Final = 2.0  # that an agent which leaves waits for its last word to arrive
 _FOR_EVER: Final = 10**9  # restarts: whoever decides on the membership counts them
 
@@ -67,6 +68,10 @@ _logger = logging.getLogger("launcher.agent")
 
 class AnotherNodeRestartsError(Exception):
     """Workers of another node failed after this node's were done: all start again, as only all form a world."""
+
+
+class StuckWorkerError(ViewpointError):
+    """A worker that does not even end when it is killed."""
 
 
 class JobEndedError(Exception):
@@ -169,6 +174,7 @@ class NodeAgent(SimpleElasticAgent):
         self._watches: dict[int, Watch] = {}
         self._hung: set[int] = set()
         self._folder = logs
+        self._has_stuck_worker = False
         self._is_stopping = False
         self._is_waiting = False  # for other nodes
         self._starts = 0
@@ -355,9 +361,7 @@ class NodeAgent(SimpleElasticAgent):
             )
             self._workers[local_rank].send(STACKS_SIGNAL)
         time.sleep(STACKS_SECONDS)
-        for local_rank in overdue:
-            self._workers[local_rank].send(signal.SIGKILL)
-            self._workers[local_rank].wait()
+        self._kill({local_rank: self._workers[local_rank] for local_rank in overdue})
 
     def _let_stopped_workers_leave(self) -> None:
         """Waits a little for the neighbours of a worker that saved and left: they are in their last lines."""
@@ -387,12 +391,27 @@ class NodeAgent(SimpleElasticAgent):
         self._kill_workers()
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-        self._kill_workers()
+        if not self._has_stuck_worker:
+            self._kill_workers()
 
     def _kill_workers(self) -> None:
-        self._tell_workers(signal.SIGKILL)
-        for worker in self._workers.values():
-            worker.wait()
+        self._kill(self._workers)
+
+    def _kill(self, workers: Mapping[int, Forked]) -> None:
+        """Returns when they have ended. Who is stuck in the kernel does not, and nothing that this node starts could work."""
+        for worker in workers.values():
+            worker.send(signal.SIGKILL)
+        deadline = time.monotonic() + KILL_SECONDS
+        stuck = [worker.pid for worker in workers.values() if not worker.has_ended_within(deadline - time.monotonic())]
+        if stuck:
+            self._has_stuck_worker = True
+            self._tell_workers(signal.SIGKILL)
+            self._events.append("worker_stuck", pids=stuck, seconds=KILL_SECONDS)
+            raise StuckWorkerError(
+                f"Process {', '.join(map(str, stuck))} has not ended {KILL_SECONDS:.0f} s after SIGKILL: it is stuck in "
+                f"the kernel, as on a file system or a device that does not answer. This node leaves the job; look at "
+                f"`dmesg` there, and restart the machine where the process stays."
+            )
 
     def _invoke_run(self, role: str = DEFAULT_ROLE) -> RunResult:
         while True:
@@ -476,6 +495,9 @@ def run(arguments: argparse.Namespace) -> int:
         except JobEndedError as ended:
             _logger.info("the job has ended with exit code %d: %s", ended.exit_code, ended)
             return ended.exit_code
+        except StuckWorkerError:
+            agent.leave(EXIT_FAILED)
+            raise
         if code != EXIT_DONE:
             agent.leave(code)
         return code

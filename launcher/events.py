@@ -27,6 +27,11 @@ def describe_event(kind: str, facts: Mapping[str, Any]) -> str | None:
             f"node {facts['node']}: rank {facts['rank']} {what} after step {facts['step']}: silent for "
             f"{facts['silent_seconds']:.0f} s, {facts['allowed_seconds']:.0f} s are allowed. Its stacks: {facts['log']}"
         )
+    if kind == "worker_stuck":
+        return (
+            f"node {facts['node']}: process {', '.join(map(str, facts['pids']))} did not end within "
+            f"{facts['seconds']:.0f} s of being killed: the node leaves"
+        )
     if kind == "node_lost":
         return f"node {facts['node']} is lost: {facts['why']}"
     if kind == "node_replaced":

@@ -42,7 +42,7 @@ class Link:
         self._carrier = 0  # the number of the thread that carries; those before it were given up
         self._tried_at = 0.0  # when it last began anything
         self._keeper: threading.Thread | None = None
-        self._is_closed = False
+        self._closed = threading.Event()
 
     def start(self) -> None:
         """Connects, and goes on trying as long as nobody is there."""
@@ -51,7 +51,7 @@ class Link:
 
     def close(self) -> None:
         """Says nothing any more. A thread that waits for an answer ends when it comes, or does not."""
-        self._is_closed = True
+        self._closed.set()
         self._carrier += 1
         if self._keeper is not None:
             self._keeper.join()
@@ -89,16 +89,18 @@ class Link:
 
     def _keep_carrying(self) -> None:
         """Has one thread carry, and another one where that hangs."""
-        while not self._is_closed:
+        while not self._closed.is_set():
             self._carrier += 1
             self._tried_at = time.monotonic()
             thread = threading.Thread(target=self._carry, args=(self._carrier,), name="link-carrier", daemon=True)
             thread.start()
             while (
-                thread.is_alive() and time.monotonic() - self._tried_at < self._give_up_seconds and not self._is_closed
+                thread.is_alive()
+                and time.monotonic() - self._tried_at < self._give_up_seconds
+                and not self._closed.is_set()
             ):
                 time.sleep(EXCHANGE_SECONDS)
-            if self._is_closed:
+            if self._closed.is_set():
                 thread.join(self._give_up_seconds)
                 return
             _logger.warning(

@@ -12,6 +12,7 @@ import atexit
 import ctypes
 import importlib
 import json
+import math
 import os
 import random
 import select
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -107,11 +109,12 @@ class Nursery:
         except BrokenPipeError:
             return
 
-    def code_of(self, child: int, *, wait: bool = False) -> int | None:
+    def code_of(self, child: int, wait_seconds: float = 0.0) -> int | None:
         """The exit code of a child, None while it runs; that of a killed one where the nursery itself has died."""
+        deadline = time.monotonic() + wait_seconds
         while child in self._running:
-            heard = self._hear(_WAKE_SECONDS if wait else 0)
-            if not (heard or wait):
+            left = deadline - time.monotonic()
+            if not self._hear(min(max(left, 0.0), _WAKE_SECONDS)) and left <= 0:
                 break
         return self._codes.get(child)
 
@@ -230,7 +233,11 @@ class Forked:
 
     def wait(self) -> None:
         """Returns when it has ended."""
-        self._nursery.code_of(self._number, wait=True)
+        self.has_ended_within(math.inf)
+
+    def has_ended_within(self, seconds: float) -> bool:
+        """Whether it has ended, as soon as it has, or after the time."""
+        return self._nursery.code_of(self._number, seconds) is not None
 
 
 def serve(stage: str | None) -> None:
@@ -276,7 +283,9 @@ def _report_ends(running: dict[int, int]) -> None:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == 0:
             return
-        _answer({"ended": running.pop(pid), "code": os.waitstatus_to_exitcode(status)})
+        number = running.pop(pid, None)  # None: what a library that was imported had started
+        if number is not None:
+            _answer({"ended": number, "code": os.waitstatus_to_exitcode(status)})
 
 
 def _answer(message: Message) -> None:

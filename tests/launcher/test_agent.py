@@ -1,12 +1,29 @@
 """The parts of an agent that need no process."""
 
+import json
 import signal
+import time
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import pytest
 
 from datastore.errors import EXIT_DO_NOT_RETRY, EXIT_FAILED, EXIT_STOPPED, DoNotRetry
-from launcher.agent import cause_of, check_environment, have_saved, parser, run, start_folder
+from launcher import agent
+from launcher.agent import (
+    NodeAgent,
+    StuckWorkerError,
+    build_agent,
+    cause_of,
+    check_environment,
+    have_saved,
+    parser,
+    run,
+    start_folder,
+)
+from launcher.membership import Member, Order, Report
+from launcher.nursery import Nursery
 
 KILLED, TERMINATED = -signal.SIGKILL, -signal.SIGTERM
 
@@ -56,3 +73,89 @@ def test_without_the_mandatory_environment_an_agent_refuses_to_run(
     with pytest.raises(DoNotRetry) as refused:
         run(parser().parse_args(words))
     assert refused.value.exit_code == EXIT_DO_NOT_RETRY
+
+
+class Unkillable:
+    """A worker in a call of the kernel that does not return."""
+
+    pid, exit_code = 4711, None
+
+    def __init__(self) -> None:
+        self.heard: list[int] = []
+
+    def send(self, number: signal.Signals) -> None:
+        self.heard.append(number)
+
+    def has_ended_within(self, seconds: float) -> bool:
+        time.sleep(max(0.0, seconds))
+        return False
+
+
+class OneWorker:
+    """A nursery that has this one worker."""
+
+    is_alive = True
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+
+    def start(self, *_: object) -> Any:
+        return self._worker
+
+    def __enter__(self) -> "OneWorker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return
+
+
+def agent_of(tmp_path: Path, worker: Any) -> tuple[NodeAgent, list[Report]]:
+    """An agent that nothing connects to others, and what it says."""
+    words = ["--endpoint", "127.0.0.1:1", "--job", "j", "--node", "0", "--logs", str(tmp_path), "--", "true"]
+    made = build_agent(parser().parse_args(words), OneWorker(worker))  # type: ignore[arg-type]
+    said: list[Report] = []
+    link = made._link
+    link._agent = 0
+    link._order = Order(1, (Member(0, 0, "127.0.0.1", 1),))
+
+    def say(report: Report) -> None:
+        said.append(report)
+        link._heard_at = time.monotonic()
+
+    link.say = say  # type: ignore[method-assign]
+    link.deliver = lambda report, seconds: say(report) is None  # type: ignore[method-assign, func-returns-value]
+    link.wait = lambda seconds: time.sleep(0.01)  # type: ignore[method-assign]
+    return made, said
+
+
+def events(tmp_path: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == kind]
+
+
+def test_an_agent_leaves_a_worker_that_does_not_end_when_killed_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "KILL_SECONDS", 0.3)
+    worker = Unkillable()
+    made, said = agent_of(tmp_path, worker)
+    monkeypatch.setattr(agent, "build_agent", lambda *_: made)
+    monkeypatch.setattr(Nursery, "forked", lambda stage: OneWorker(worker))
+    monkeypatch.setattr(made, "listen", lambda: None)
+    monkeypatch.setattr(made, "start_link", lambda: None)
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    monkeypatch.setattr(made._link, "_order", Order(1, (Member(0, 0, "127.0.0.1", 1),)))
+    started = time.monotonic()
+    monkeypatch.setattr(made, "_monitor_workers", lambda group: made._kill_workers())
+    arguments = parser().parse_args(
+        ["--endpoint", "127.0.0.1:1", "--job", "j", "--node", "0", "--logs", str(tmp_path), "--", "true"]
+    )
+    with pytest.raises(StuckWorkerError, match=r"Process 4711 has not ended .* stuck in the kernel") as raised:
+        run(arguments)
+    assert time.monotonic() - started < 5.0
+    assert raised.value.exit_code == EXIT_FAILED
+    assert said[-1] == Report("leaving", 1, exit_code=EXIT_FAILED)
+    assert worker.heard[0] == signal.SIGKILL
+    assert events(tmp_path, "worker_stuck")[0]["pids"] == [4711]
