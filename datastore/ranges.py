@@ -13,10 +13,11 @@ import ssl
 import threading
 import time
 import urllib.request
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
@@ -27,6 +28,8 @@ from datastore.objects import ObjectFolder
 
 _SIGNED_SECONDS: Final = 3600
 _RENEW_SECONDS: Final = 600  # before a signature ends
+_FRESH_SECONDS: Final = 60  # a signature this old may have ended before its time, with the credentials that made it
+_MOST_SIGNED: Final = 4096  # URLs kept: a corpus may have millions of objects
 _LATER_STATUS: Final = (408, 425, 429, 500, 502, 503, 504)
 _EXPIRED_STATUS: Final = (400, 403)  # what servers say of a signature that has ended
 
@@ -164,6 +167,17 @@ class _FolderRanges:
         return
 
 
+class _Signed(NamedTuple):
+    """A URL with a signature."""
+
+    url: SplitResult
+    at: float  # of the wall clock, as the signature's own end is: others stop while a laptop sleeps
+
+    @property
+    def age_seconds(self) -> float:
+        return time.time() - self.at
+
+
 class _SignedRanges:
     """Objects behind signed URLs."""
 
@@ -176,20 +190,20 @@ class _SignedRanges:
         self._buffers = buffers
         self._certificates = certificates
         self._timeout_seconds = timeout_seconds
-        self._signed: dict[str, tuple[SplitResult, float]] = {}
+        self._signed: OrderedDict[str, _Signed] = OrderedDict()  # by object, signed longest ago first
         self._own = threading.local()
         self._connections: list[_Connection] = []
         self._lock = threading.Lock()
 
     def read(self, name: str, start: int, end: int, call: Call) -> tuple[memoryview, float]:
-        url = self._url(name)
+        signed = self._signed_url(name)
         began = time.monotonic()
-        connection = self._connection(url)
+        connection = self._connection(signed.url)
         try:
             with call.on(connection):
-                response = _response(connection, url, start, end, call)
+                response = _response(connection, signed.url, start, end, call)
                 first_byte_seconds = time.monotonic() - began
-                self._refuse_status(response, name)
+                self._refuse_status(response, name, signed)
                 _refuse_another_range(response, start, end)
                 content, filled = self._buffers.empty((end - start,), np.uint8).data, 0
                 while filled < len(content) and (count := response.readinto(content[filled:])):
@@ -210,17 +224,18 @@ class _SignedRanges:
         for connection in self._connections:
             connection.close()
 
-    def _refuse_status(self, response: http.client.HTTPResponse, name: str) -> None:
+    def _refuse_status(self, response: http.client.HTTPResponse, name: str, signed: _Signed) -> None:
         status = response.status
         if status in (http.client.OK, http.client.PARTIAL_CONTENT):
             return
         if status in _EXPIRED_STATUS:
             with self._lock:
-                renewed = self._signed.pop(name, None)
-            # the same URL may just have ended; a fresh one that is refused too is refused for good
-            may_pass = renewed is not None and renewed[1] - time.monotonic() < _SIGNED_SECONDS - _RENEW_SECONDS
+                if self._signed.get(name) is signed:  # and no other read has renewed it meanwhile
+                    del self._signed[name]
+            # this very URL may have ended; a fresh one that is refused too is refused for good
             raise Refused(
-                f"access is refused (HTTP {status}); check the credentials in the environment", may_pass=may_pass
+                f"access is refused (HTTP {status}); check the credentials in the environment",
+                may_pass=not 0 <= signed.age_seconds < _FRESH_SECONDS,
             )
         if status == http.client.NOT_FOUND:
             raise Missing()
@@ -232,15 +247,20 @@ class _SignedRanges:
             pause_seconds=_seconds_from_now(response.headers.get("Retry-After")),
         )
 
-    def _url(self, name: str) -> SplitResult:
+    def _signed_url(self, name: str) -> _Signed:
         with self._lock:
-            signed, ends = self._signed.get(name, (None, 0.0))
-        if signed is None or ends - time.monotonic() < _RENEW_SECONDS:
-            url = self._folder.signed_url(name, _SIGNED_SECONDS)
-            assert url is not None, "this folder could sign when it was opened"
-            signed = urlsplit(url)
-            with self._lock:
-                self._signed[name] = signed, time.monotonic() + _SIGNED_SECONDS
+            found = self._signed.get(name)
+        if found is not None and 0 <= found.age_seconds < _SIGNED_SECONDS - _RENEW_SECONDS:
+            return found
+        now = time.time()
+        url = self._folder.signed_url(name, _SIGNED_SECONDS)
+        assert url is not None, "this folder could sign when it was opened"
+        signed = _Signed(urlsplit(url), now)
+        with self._lock:
+            self._signed[name] = signed
+            self._signed.move_to_end(name)
+            while len(self._signed) > _MOST_SIGNED:
+                self._signed.popitem(last=False)
         return signed
 
     def _connection(self, url: SplitResult) -> "_Connection":

@@ -3,13 +3,10 @@
 import email.utils
 import random
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,135 +16,24 @@ import pytest
 from datastore.disk_cache import DiskCache
 from datastore.fetch import FetchConfig, Fetcher, FetchFailed
 from datastore.objects import ObjectFolder
+from tests.range_server import (
+    CONTENT,
+    Answer,
+    Handler,
+    RangeServer,
+    ServedFolder,
+    broken_off,
+    flipped_at,
+    hung,
+    hung_in_the_middle,
+    no_http,
+    reset,
+    right,
+    status,
+)
 
-CONTENT = bytes(range(256)) * 400
 PART = 10_000
 CLOSING_SECONDS = 2.0
-
-Answer = Callable[["_Handler", bytes], None]
-"""How a server answers a request: given what it should send."""
-
-
-class RangeServer:
-    """An HTTP server that sends ranges of CONTENT; `script` says how, by the request's number from 0."""
-
-    def __init__(self) -> None:
-        self.script: Callable[[int], Answer] = lambda number: right
-        self.asked: list[tuple[int, int]] = []
-        self.under_way = 0
-        self.most_under_way = 0
-        self.broken_off = 0
-        self.lock = threading.Lock()
-        self.closing = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-        self._server.of = self  # type: ignore[attr-defined]
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def fails(self, count: int, answer: Answer) -> None:
-        """The first so many requests are answered so, the others right."""
-        self.script = lambda number: answer if number < count else right
-
-    def close(self) -> None:
-        self.closing.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    timeout = 5
-    disable_nagle_algorithm = True
-
-    @property
-    def of(self) -> RangeServer:
-        return self.server.of  # type: ignore[attr-defined, no-any-return]
-
-    def do_GET(self) -> None:
-        first, last = self.headers["Range"].removeprefix("bytes=").split("-")
-        start, end = int(first), int(last) + 1
-        with self.of.lock:
-            number = len(self.of.asked)
-            self.of.asked.append((start, end))
-            self.of.under_way += 1
-            self.of.most_under_way = max(self.of.most_under_way, self.of.under_way)
-        try:
-            self.of.script(number)(self, CONTENT[start:end])
-        except ConnectionError:
-            self.of.broken_off += 1
-        finally:
-            with self.of.lock:
-                self.of.under_way -= 1
-
-    def begin(self, status: int, num_bytes: int, **headers: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(num_bytes))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-
-    def log_message(self, *words: object) -> None:
-        return
-
-
-def right(handler: _Handler, content: bytes) -> None:
-    handler.begin(206, len(content))
-    handler.wfile.write(content)
-
-
-def status(number: int, **headers: str) -> Answer:
-    return lambda handler, content: handler.begin(number, 0, **headers)
-
-
-def broken_off(handler: _Handler, content: bytes) -> None:
-    handler.begin(206, len(content))
-    handler.wfile.write(content[: len(content) // 2])
-    handler.close_connection = True
-
-
-def reset(handler: _Handler, content: bytes) -> None:
-    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    handler.close_connection = True
-
-
-def no_http(handler: _Handler, content: bytes) -> None:
-    handler.wfile.write(b"what?\r\n\r\n")
-    handler.close_connection = True
-
-
-def flipped_at(place: int) -> Answer:
-    def answer(handler: _Handler, content: bytes) -> None:
-        right(handler, content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
-
-    return answer
-
-
-def hung(handler: _Handler, content: bytes) -> None:
-    """Sends nothing until the client has gone."""
-    while not handler.of.closing.is_set():
-        handler.connection.settimeout(0.05)
-        with suppress(TimeoutError):
-            if not handler.connection.recv(1):
-                handler.close_connection = True
-                raise ConnectionError
-
-
-def hung_in_the_middle(handler: _Handler, content: bytes) -> None:
-    handler.begin(206, len(content))
-    handler.wfile.write(content[: len(content) // 2])
-    hung(handler, content)
-
-
-class ServedFolder(ObjectFolder):
-    """The objects of a server, whose URLs need no signature."""
-
-    is_local = False
-
-    def signed_url(self, name: str, seconds: int) -> str:
-        return f"{self.url}/{name}?signature=1"
 
 
 @pytest.fixture
@@ -198,7 +84,7 @@ def fetched(fetcher: Fetcher, start: int, end: int, **options: str) -> bytes:
 def test_a_large_range_comes_by_several_requests_at_a_time(server: RangeServer, fetcher_of: FetcherOf) -> None:
     meeting = threading.Barrier(3, timeout=10)
 
-    def together(handler: _Handler, content: bytes) -> None:
+    def together(handler: Handler, content: bytes) -> None:
         meeting.wait()
         right(handler, content)
 
@@ -251,7 +137,7 @@ def test_half_of_all_requests_failing_in_every_way_harms_nothing(server: RangeSe
 def test_a_connection_that_the_server_ended_while_idle_is_no_trouble(
     server: RangeServer, fetcher_of: FetcherOf
 ) -> None:
-    def last(handler: _Handler, content: bytes) -> None:
+    def last(handler: Handler, content: bytes) -> None:
         right(handler, content)
         handler.close_connection = True
 
@@ -271,7 +157,7 @@ def test_a_server_that_says_when_to_come_back_is_not_asked_before(
     # a date has whole seconds: two from now is at least one from now
     when = "1" if form == "seconds" else email.utils.formatdate(time.time() + 2.01, usegmt=True)
 
-    def answer(handler: _Handler, content: bytes) -> None:
+    def answer(handler: Handler, content: bytes) -> None:
         at.append(time.monotonic())
         status(429, Retry_After=when)(handler, content)
 
@@ -392,7 +278,7 @@ def test_a_second_request_needs_no_turn(server: RangeServer, fetcher_of: Fetcher
 
 
 def test_waiting_for_a_turn_is_not_being_slow(server: RangeServer, fetcher_of: FetcherOf) -> None:
-    def slow(handler: _Handler, content: bytes) -> None:
+    def slow(handler: Handler, content: bytes) -> None:
         time.sleep(0.1)
         right(handler, content)
 

@@ -1,0 +1,139 @@
+"""Single ranges by signed HTTP, TLS, local files and fsspec: what is final, what may pass, and what wakes a read."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from datastore.fetch import FetchConfig, Fetcher, FetchFailed
+from tests.range_server import CONTENT, Handler, RangeServer, ServedFolder, right, status
+
+PART = 10_000
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    started = RangeServer()
+    yield started
+    started.close()
+
+
+def fetched(fetcher: Fetcher, start: int, end: int) -> bytes:
+    return bytes(
+        fetcher.fetch("shard", start, end, lambda found: None if bytes(found) == CONTENT[start:end] else "damaged")
+    )
+
+
+# Signatures
+
+
+class EndingFolder(ServedFolder):
+    """Objects behind URLs of which each has another signature, 1, 2 and so on; the first is made to try."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.num_signed = -1
+
+    def signed_url(self, name: str, seconds: int) -> str:
+        self.num_signed += 1
+        return f"{self.url}/{name}?signature={self.num_signed}"
+
+
+def signature_of(handler: Handler) -> int:
+    return int(handler.path.partition("signature=")[2])
+
+
+@pytest.fixture
+def ending(server: RangeServer) -> Iterator[tuple[EndingFolder, Fetcher]]:
+    """A folder, and a fetcher that has already read by signature 1."""
+    folder = EndingFolder(server.url)
+    fetcher = Fetcher(folder, FetchConfig(part_mib=PART / 2**20, retry_seconds=20, hedge_least_seconds=20))
+    assert fetched(fetcher, 0, 100) == CONTENT[:100]
+    assert folder.num_signed == 1
+    yield folder, fetcher
+    fetcher.close()
+
+
+def let_pass(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """As while a laptop sleeps: the wall clock goes on, the monotonic one does not."""
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + seconds)
+
+
+def refusing_the_first(handler: Handler, content: bytes) -> None:
+    (status(403) if signature_of(handler) == 1 else right)(handler, content)
+
+
+def test_a_signature_is_renewed_before_its_end(
+    ending: tuple[EndingFolder, Fetcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, fetcher = ending
+    let_pass(monkeypatch, 2900)
+    assert fetched(fetcher, 0, 100) == CONTENT[:100]
+    assert folder.num_signed == 1
+    let_pass(monkeypatch, 200)
+    for _ in range(2):
+        assert fetched(fetcher, 0, 100) == CONTENT[:100]
+        assert folder.num_signed == 2
+
+
+def test_requests_that_share_a_signature_that_has_ended_all_go_on(
+    server: RangeServer, ending: tuple[EndingFolder, Fetcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meeting = threading.Barrier(4, timeout=10)
+
+    def together(handler: Handler, content: bytes) -> None:
+        if signature_of(handler) == 1:
+            meeting.wait()
+        refusing_the_first(handler, content)
+
+    server.script = lambda number: together
+    let_pass(monkeypatch, 600)
+    assert fetched(ending[1], 0, 4 * PART) == CONTENT[: 4 * PART]
+    assert ending[1].retries == 4
+
+
+def test_a_late_refusal_leaves_the_signature_that_came_after(
+    server: RangeServer, ending: tuple[EndingFolder, Fetcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, fetcher = ending
+    arrived, renewed = threading.Event(), threading.Event()
+
+    def late(handler: Handler, content: bytes) -> None:
+        arrived.set()
+        assert renewed.wait(10)
+        status(403)(handler, content)
+
+    server.script = lambda number: late if number == 1 else refusing_the_first
+    let_pass(monkeypatch, 600)
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit(fetched, fetcher, 0, 100)
+        assert arrived.wait(10)
+        assert fetched(fetcher, 100, 200) == CONTENT[100:200]
+        renewed.set()
+        assert read.result(10) == CONTENT[:100]
+    assert folder.num_signed == 2
+
+
+def test_access_that_is_withdrawn_meanwhile_is_final_when_a_fresh_signature_is_refused_too(
+    server: RangeServer, ending: tuple[EndingFolder, Fetcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.script = lambda number: status(403)
+    let_pass(monkeypatch, 600)
+    with pytest.raises(FetchFailed, match="check the credentials") as raised:
+        fetched(ending[1], 0, 100)
+    assert not raised.value.may_pass
+    assert len(server.asked) == 3
+
+
+def test_no_more_signatures_are_kept_than_a_bound(
+    server: RangeServer, ending: tuple[EndingFolder, Fetcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, fetcher = ending
+    monkeypatch.setattr("datastore.ranges._MOST_SIGNED", 2)
+    for name in ("b", "c", "d", "d", "c", "b"):
+        fetcher.fetch(name, 0, 10, lambda found: None)
+    assert folder.num_signed == 5, "only the one that was signed longest ago is signed again"
