@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,7 +47,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo
 from datastore.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DoNotRetry, ViewpointError
 from launcher.command import LOOPBACK, STORE_SHARING_VARIABLE, Command
 from launcher.link import Link
-from launcher.membership import FINAL_CODES, Cause, Failure, Report
+from launcher.membership import FINAL_CODES, Cause, Failure, Order, Report
 from launcher.network import enter_network
 from launcher.nursery import Forked, Nursery
 from launcher.warm import stage_of
@@ -57,6 +57,7 @@ from trainer.heartbeat import HEARTBEAT_VARIABLE, STACKS_SIGNAL, read_beat
 MONITOR_SECONDS: Final = 0.1
 LEAVE_TOGETHER_SECONDS: Final = 10.0
 STOP_TIMEOUT_SECONDS: Final = 120.0  # a checkpoint must be saved within it once a stop is asked for
+SPARE_SILENCE_SECONDS: Final = 5.0  # after which nobody knows any more whether others train
 STACKS_SECONDS: Final = 1.0  # that a hung worker has to write them
 KILL_SECONDS: Final = 30.0  # that a killed worker has to end: it may have much memory to give back
 DELIVERY_SECONDS: Final = 2.0  # that an agent which leaves waits for its last word to arrive
@@ -103,15 +104,16 @@ def start_folder(logs: Path) -> Path:
 class NodeRendezvous(RendezvousHandler):
     """Torchrun's view of the membership."""
 
-    def __init__(self, link: Link, job: str, address: str) -> None:
+    def __init__(self, link: Link, job: str, address: str, on_event: Callable[[str], None]) -> None:
         self.link = link
         self.generation = 0  # of the world that this node is or was in
         self.failures: tuple[Failure, ...] = ()  # why its workers ended
-        self._job, self._address = job, address
+        self._job, self._address, self._on_event = job, address, on_event
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Waits for the next world that this node is in."""
         self.link.say(Report("ready", self.generation, _free_port(self._address), self.failures))
+        is_spare = False
         while True:
             order = self.link.order
             if order.end is not None:
@@ -119,6 +121,9 @@ class NodeRendezvous(RendezvousHandler):
             agents = [member.agent for member in order.members]
             if order.generation != self.generation and not order.restart and self.link.agent in agents:
                 break
+            if self._is_spare(order, agents) != is_spare:
+                is_spare = not is_spare
+                self._on_event("node_spare" if is_spare else "node_waits")
             self.link.wait(1.0)
         self.generation, self.failures = order.generation, ()
         self.link.say(Report("running", self.generation))
@@ -126,6 +131,11 @@ class NodeRendezvous(RendezvousHandler):
         # of the store that torchrun expects here nothing is used
         meeting = RendezvousStoreInfo(first.address, first.port)
         return RendezvousInfo(HashStore(), agents.index(self.link.agent), len(agents), meeting)
+
+    def _is_spare(self, order: Order, agents: Sequence[int]) -> bool:
+        """Whether others train, and this node waits for its turn: it misses nothing."""
+        is_there = self.link.silent_seconds < SPARE_SILENCE_SECONDS
+        return is_there and bool(agents) and not order.restart and self.link.agent not in agents
 
     def num_nodes_waiting(self) -> int:
         """Whether this node's workers shall stop for another world."""
@@ -379,7 +389,10 @@ class NodeAgent(SimpleElasticAgent):
             if time.monotonic() > deadline:
                 _logger.error("workers did not stop within %.0f s of %s: killed", STOP_TIMEOUT_SECONDS, why)
                 self._kill_workers()
-            if self._handler.num_nodes_waiting() and self._link.order.restart == "now":
+            is_broken = self._handler.num_nodes_waiting() and self._link.order.restart == "now"
+            # a stop by signal is another thing: where the launcher has died, nobody is there to be heard, and they save
+            is_cut_off = not self._is_stopping and self._link.silent_seconds > self._silence_seconds
+            if is_broken or is_cut_off:
                 self._kill_workers()
             time.sleep(MONITOR_SECONDS)
 
@@ -422,12 +435,16 @@ class NodeAgent(SimpleElasticAgent):
 
     def _exit_barrier(self) -> None:
         self._link.say(Report("done", self._handler.generation))
-        while not self._is_stopping:
+        self._events.append("workers_done", generation=self._handler.generation)
+        while True:
             order = self._link.order
             if order.end == EXIT_DONE:
                 return
             if order.end is not None:
                 raise JobEndedError(order.end, order.reason)
+            if self._is_stopping:  # others are at work still, and may need this node once more
+                self.leave(EXIT_STOPPED)
+                raise JobEndedError(EXIT_STOPPED, "this node was told to stop, with its own work done")
             if self._handler.num_nodes_waiting():
                 raise AnotherNodeRestartsError
             self._link.wait(1.0)
@@ -463,7 +480,8 @@ def build_agent(arguments: argparse.Namespace, nursery: Nursery) -> NodeAgent:
     link = Link(
         arguments.endpoint, arguments.job, arguments.node, arguments.address, give_up_seconds=arguments.node_timeout
     )
-    handler = NodeRendezvous(link, arguments.job, arguments.address)
+    events = EventLog(arguments.logs / "events.jsonl", arguments.node)
+    handler = NodeRendezvous(link, arguments.job, arguments.address, events.append)
     worker, *words = arguments.command
     spec = WorkerSpec(
         role="worker",
@@ -475,7 +493,6 @@ def build_agent(arguments: argparse.Namespace, nursery: Nursery) -> NodeAgent:
         monitor_interval=MONITOR_SECONDS,
         local_addr=arguments.address,
     )
-    events = EventLog(arguments.logs / "events.jsonl", arguments.node)
     deadlines = Deadlines(step_floor=arguments.step_deadline) if arguments.step_deadline else None
     return NodeAgent(spec, handler, nursery, arguments.logs, events, deadlines, arguments.node_timeout)
 

@@ -129,6 +129,7 @@ class _Agent:
     beat: int = -1
     heard_at: float = 0.0
     is_lost: bool = False
+    is_done: bool = False  # its workers of the newest world are, and nothing has called them back
     report: Report = field(default_factory=Report)
 
 
@@ -194,6 +195,8 @@ class Membership:
                 self._on_event("node_joined", node=known.node)
         if report != known.report:
             known.report, self._changed_at = report, now
+            if report.phase != "leaving":  # who leaves with its work done leaves nothing undone
+                known.is_done = report.phase == "done" and report.generation == self.order.generation
 
     def gone(self, node: int, why: str) -> None:
         """The agents of a node have ended: somebody saw it."""
@@ -260,7 +263,7 @@ class Membership:
             return
         agent.is_lost = True
         self._on_event("node_lost", node=agent.node, why=why)
-        if not self._is_member(agent) or agent.report.phase == "done":
+        if not self._is_member(agent) or agent.is_done:
             return
         if agent.report.phase == "leaving" and agent.report.exit_code == EXIT_STOPPED:
             self._has_left = True
@@ -270,7 +273,7 @@ class Membership:
     def _judge_world(self, now: float) -> None:
         """Ends the job where the world is done; calls for the next world where this one broke or can grow."""
         world = [self._agents[member.agent] for member in self.order.members]
-        if all(agent.report.phase == "done" for agent in world):
+        if all(agent.is_done for agent in world):
             self.end(EXIT_DONE)
             return
         ended = [agent for agent in world if self._is_ready(agent)]

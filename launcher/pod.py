@@ -8,7 +8,9 @@ It is the launcher of a pod, and the container's first process:
   the agents of the others kill their workers, wait for its successor in place, and go on from the last checkpoint:
   their pods do not fail. A pod of its own may hold the store instead (`--role store`), as in the JobSet.
 - What is killed in a pod is started again in the pod, as the cluster's own restarts wait 10 s, 20 s, 40 s and so on.
-- A pod that comes to a run that is finished ends at once with 0.
+- A pod that comes to a run that is finished ends at once with 0. So does one that was done with it, and whose store is
+  gone for good: nobody holds it any more once the run is finished.
+- A pod that others can do without waits for its turn as long as they train.
 - Stop signals reach the agent, whose workers save and leave with 75. `viewpoint cancel` reaches pod 0 through the run folder:
   all save, and all pods end with 76, which the manifests' policies do not retry.
 - `kubectl logs` shows what workers say. The files go to the run folder when the pod ends.
@@ -336,14 +338,16 @@ def run_node(pod: Pod, told: Told, *, holds_store: bool) -> int:
                     agent.end(_FAREWELL_SECONDS)
                     code = ended
                     break
-            if output.is_waiting and time.monotonic() - max(output.waiting_since, looked_at) > 12 * _LOOK_SECONDS:
+            patience = (2 if output.is_done else 12) * _LOOK_SECONDS
+            if output.is_waiting and time.monotonic() - max(output.waiting_since, looked_at) > patience:
                 looked_at = time.monotonic()
                 if is_finished(pod):  # its end was not heard here
                     agent.send(signal.SIGTERM)
                     agent.end(_FAREWELL_SECONDS)
                     code = EXIT_DONE
                     break
-                if looked_at - output.waiting_since > pod.patience:
+                # a spare pod misses nothing, and one that ended would use up the Job's backoffLimit again and again
+                if not output.is_spare and looked_at - output.waiting_since > pod.patience:
                     _logger.error("in no world for %.0f s: another pod may have more luck", pod.patience)
                     agent.send(signal.SIGTERM)
                     agent.end(_FAREWELL_SECONDS)
@@ -525,6 +529,8 @@ class Output:
         self._reader = ProgressReader(pod.scratch / "progress")
         self._said = (-1, 0.0)  # units done, and when that was said
         self.is_waiting = True
+        self.is_spare = False  # it waits while others train
+        self.is_done = False  # it waits for others to be, and then only for the word that all are
         self.waiting_since = time.monotonic()
 
     def pass_on(self, write: Callable[[str], None] | None = None, *, is_last: bool = False) -> None:
@@ -541,8 +547,12 @@ class Output:
             show(describe(reading))
 
     def _take_in(self, kind: str) -> None:
+        if kind in ("node_spare", "node_waits"):
+            self.is_spare, self.waiting_since = kind == "node_spare", time.monotonic()
+        if kind == "workers_done":
+            self.is_waiting, self.is_done, self.waiting_since = True, True, time.monotonic()
         if kind == "workers_started":
-            self.is_waiting = False
+            self.is_waiting = self.is_spare = self.is_done = False
             self._pod.ready_file.touch()
         elif kind in ("workers_ended", "cut_off"):
             if not self.is_waiting:

@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from datastore.errors import EXIT_DO_NOT_RETRY, EXIT_FAILED, EXIT_STOPPED, DoNotRetry
 from launcher import agent
 from launcher.agent import (
+    JobEndedError,
     NodeAgent,
     StuckWorkerError,
     build_agent,
@@ -159,3 +161,49 @@ def test_an_agent_leaves_a_worker_that_does_not_end_when_killed_and_says_so(
     assert said[-1] == Report("leaving", 1, exit_code=EXIT_FAILED)
     assert worker.heard[0] == signal.SIGKILL
     assert events(tmp_path, "worker_stuck")[0]["pids"] == [4711]
+
+
+class Done:
+    """A worker that has done its work."""
+
+    pid, exit_code = 4711, 0
+
+    def send(self, number: signal.Signals) -> None:
+        return
+
+    def has_ended_within(self, seconds: float) -> bool:
+        return True
+
+
+def test_an_agent_that_is_told_to_stop_while_it_waits_for_others_leaves_and_promises_no_success(tmp_path: Path) -> None:
+    made, said = agent_of(tmp_path, Done())
+    wait = made._link.wait
+
+    def stop_soon(seconds: float) -> None:
+        if said[-1].phase == "done":
+            made.stop()
+        wait(seconds)
+
+    made._link.wait = stop_soon  # type: ignore[method-assign]
+    with pytest.raises(JobEndedError) as ended:
+        made.run()
+    assert ended.value.exit_code == EXIT_STOPPED
+    assert [report.phase for report in said] == ["ready", "running", "done", "leaving"]
+    assert said[-1].exit_code == EXIT_STOPPED
+    assert len(events(tmp_path, "workers_done")) == 1
+
+
+def test_an_agent_says_when_others_train_without_it(tmp_path: Path) -> None:
+    made, _ = agent_of(tmp_path, Done())
+    of_others = Order(1, (Member(7, 1, "127.0.0.1", 1),))
+    orders = iter([Order(), of_others, of_others, replace(of_others, restart="now"), Order(2, of_others.members)])
+    link = made._link
+    link._order = next(orders)
+
+    def wait(seconds: float) -> None:
+        link._order = next(orders, Order(3, (Member(0, 0, "127.0.0.1", 1),)))
+
+    link.wait = wait  # type: ignore[method-assign]
+    made._handler.next_rendezvous()
+    lines = [json.loads(line)["event"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert lines == ["node_spare", "node_waits", "node_spare"]

@@ -454,3 +454,26 @@ def test_a_node_that_was_left_out_is_better_than_none() -> None:
     story.say(0)
     story.after(70)
     assert story.nodes == [0, 2]
+
+
+def test_a_node_that_was_done_and_told_to_leave_is_not_missed() -> None:
+    story = started()
+    story.say(0, phase="done")
+    story.after(0.2)
+    story.say(0, phase="leaving", exit_code=EXIT_STOPPED)
+    assert story.after(0.5).restart == "", "the others work on"
+    story.say(1, 2, phase="done")
+    assert story.after(0.2).end == EXIT_DONE
+
+
+def test_where_a_node_fails_after_one_that_was_done_left_the_others_go_on_without_it() -> None:
+    story = started()
+    story.say(0, phase="done")
+    story.after(0.2)
+    story.say(0, phase="leaving", exit_code=EXIT_STOPPED)
+    story.after(0.2)
+    story.fail(1)
+    assert story.after(0.1).restart == "now"
+    story.say(2)
+    story.after(1.5)
+    assert story.nodes == [1, 2]

@@ -275,6 +275,44 @@ def test_a_pod_that_comes_to_a_finished_run_has_nothing_to_do(
     assert "nothing to do" in capsys.readouterr().out
 
 
+def run_with_agent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Told, said: str, meanwhile: Any = lambda: None
+) -> int:
+    """The exit code of a pod whose agent says this much, then waits until it is told to stop."""
+    monkeypatch.setattr(pod, "_LOOK_SECONDS", 0.05)
+    node = made(
+        "--index=1", "--patience=1", *NODE, "--", "pretrain", "--config=c", f"--run={tmp_path}/run", scratch=tmp_path
+    )
+    node = Pod(**{**vars(node), "address": "127.0.0.1"})
+    node.logs.mkdir(parents=True)
+    program = (
+        f"import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); "
+        f"open({str(node.logs / 'events.jsonl')!r}, 'w').write({said!r}); time.sleep(60)"
+    )
+    monkeypatch.setattr(pod, "agent_command", lambda *_: python(program))
+    threading.Timer(3.0, meanwhile).start()
+    return pod.run_node(node, told, holds_store=False)
+
+
+STARTED, DONE, SPARE = (f'{{"event": "{kind}"}}\n' for kind in ("workers_started", "workers_done", "node_spare"))
+
+
+def test_a_pod_that_was_done_ends_with_the_run_though_its_store_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Told
+) -> None:
+    run = RunFolder(str(tmp_path / "run"))
+    threading.Timer(0.5, lambda: run.append_event("finished", step=3)).start()
+    assert run_with_agent(tmp_path, monkeypatch, told, STARTED + DONE) == EXIT_DONE
+
+
+def test_a_pod_that_waits_in_vain_makes_room_but_a_spare_one_misses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Told
+) -> None:
+    assert run_with_agent(tmp_path / "a", monkeypatch, told, "") == EXIT_FAILED
+    stop = lambda: setattr(told, "number", signal.SIGTERM)  # noqa: E731
+    assert run_with_agent(tmp_path / "b", monkeypatch, told, SPARE, stop) == EXIT_STOPPED
+
+
 def test_whoever_holds_the_store_writes_events_holds_the_run_and_hears_a_cancel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
