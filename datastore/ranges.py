@@ -6,6 +6,7 @@ same bytes through s3fs cost several times the CPU time. Everything else is read
 """
 
 import email.utils
+import errno
 import http.client
 import os
 import socket
@@ -31,7 +32,11 @@ _RENEW_SECONDS: Final = 600  # before a signature ends
 _FRESH_SECONDS: Final = 60  # a signature this old may have ended before its time, with the credentials that made it
 _MOST_SIGNED: Final = 4096  # URLs kept: a corpus may have millions of objects
 _LATER_STATUS: Final = (408, 425, 429, 500, 502, 503, 504)
+_TEMPORARY_REDIRECT: Final = 307  # of a bucket that is new: its name is not known everywhere yet
 _EXPIRED_STATUS: Final = (400, 403)  # what servers say of a signature that has ended
+_REGION_STATUS: Final = (301, 302, 307, 400)  # what S3 says of one that was made for another region
+# of a local file; whatever else goes wrong may pass: disks of networks come back, and other threads close files
+_FINAL_ERRORS: Final = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 class Refused(Exception):
@@ -126,19 +131,17 @@ class _LocalRanges:
     def read(self, name: str, start: int, end: int, call: Call) -> tuple[memoryview, float]:
         try:
             descriptor = os.open(self._folder / name, os.O_RDONLY)
+            try:
+                content, filled = self._buffers.empty((end - start,), np.uint8).data, 0
+                while filled < len(content) and (count := os.preadv(descriptor, [content[filled:]], start + filled)):
+                    filled += count
+                return content[:filled], 0.0
+            finally:
+                os.close(descriptor)
         except FileNotFoundError:
             raise Missing() from None
         except OSError as error:
-            raise Refused(f"it cannot be opened: {error}", may_pass=False) from error
-        try:
-            content, filled = self._buffers.empty((end - start,), np.uint8).data, 0
-            while filled < len(content) and (count := os.preadv(descriptor, [content[filled:]], start + filled)):
-                filled += count
-            return content[:filled], 0.0
-        except OSError as error:
-            raise Refused(f"it cannot be read: {error}", may_pass=True) from error
-        finally:
-            os.close(descriptor)
+            raise Refused(f"it cannot be read: {error}", may_pass=error.errno not in _FINAL_ERRORS) from error
 
     def close(self) -> None:
         return
@@ -228,6 +231,11 @@ class _SignedRanges:
         status = response.status
         if status in (http.client.OK, http.client.PARTIAL_CONTENT):
             return
+        region = response.headers.get("x-amz-bucket-region")
+        if status in _REGION_STATUS and region is not None and f"%2F{region}%2Fs3%2F" not in signed.url.query:
+            raise Refused(
+                f"its bucket lies in region {region} (HTTP {status}): set AWS_DEFAULT_REGION={region}", may_pass=False
+            )
         if status in _EXPIRED_STATUS:
             with self._lock:
                 if self._signed.get(name) is signed:  # and no other read has renewed it meanwhile
@@ -243,7 +251,7 @@ class _SignedRanges:
             raise Refused("it is shorter than its manifest says", may_pass=False)
         raise Refused(
             f"the server answers HTTP {status} {response.reason}",
-            may_pass=status in _LATER_STATUS,
+            may_pass=status in (*_LATER_STATUS, _TEMPORARY_REDIRECT),
             pause_seconds=_seconds_from_now(response.headers.get("Retry-After")),
         )
 

@@ -1,13 +1,17 @@
 """Single ranges by signed HTTP, TLS, local files and fsspec: what is final, what may pass, and what wakes a read."""
 
+import errno
+import os
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from datastore.fetch import FetchConfig, Fetcher, FetchFailed
+from datastore.objects import ObjectFolder
 from tests.range_server import CONTENT, Handler, RangeServer, ServedFolder, right, status
 
 PART = 10_000
@@ -137,3 +141,61 @@ def test_no_more_signatures_are_kept_than_a_bound(
     for name in ("b", "c", "d", "d", "c", "b"):
         fetcher.fetch(name, 0, 10, lambda found: None)
     assert folder.num_signed == 5, "only the one that was signed longest ago is signed again"
+
+
+@pytest.mark.parametrize("number", [301, 307, 400])
+def test_a_bucket_in_another_region_is_an_error_that_says_what_to_set(
+    server: RangeServer, ending: tuple[EndingFolder, Fetcher], number: int
+) -> None:
+    server.script = lambda _: status(number, x_amz_bucket_region="eu-west-1")
+    with pytest.raises(FetchFailed, match=r"lies in region eu-west-1 .*set AWS_DEFAULT_REGION=eu-west-1") as raised:
+        fetched(ending[1], 0, 100)
+    assert not raised.value.may_pass
+
+
+def test_a_new_bucket_that_is_not_known_everywhere_yet_is_asked_again(
+    server: RangeServer, ending: tuple[EndingFolder, Fetcher]
+) -> None:
+    server.script = lambda number: status(307) if number == 1 else right
+    assert fetched(ending[1], 0, 100) == CONTENT[:100]
+
+
+# Local files
+
+
+def test_a_local_file_that_fails_for_a_moment_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shard").write_bytes(CONTENT)
+    fetcher = Fetcher(ObjectFolder(tmp_path))
+    failures, opened = [errno.ESTALE, errno.EIO, errno.EMFILE], os.open
+
+    def failing(path: Path, flags: int) -> int:
+        if failures:
+            raise OSError(failures.pop(), "not now")
+        return opened(path, flags)
+
+    monkeypatch.setattr("datastore.ranges.os.open", failing)
+    assert fetched(fetcher, 0, 100) == CONTENT[:100]
+    assert fetcher.retries == 3
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
+def test_a_local_file_that_may_not_be_read_is_an_error_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refused(path: Path, flags: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    fetcher = Fetcher(ObjectFolder(tmp_path))
+    monkeypatch.setattr("datastore.ranges.os.open", refused)
+    with pytest.raises(FetchFailed, match=os.strerror(number)) as raised:
+        fetched(fetcher, 0, 100)
+    assert not raised.value.may_pass
+
+
+@pytest.mark.parametrize(("name", "says"), [("shard", "Is a directory"), ("file/shard", "Not a directory")])
+def test_what_is_no_file_is_an_error_at_once(tmp_path: Path, name: str, says: str) -> None:
+    (tmp_path / "shard").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(FetchFailed, match=says) as raised:
+        Fetcher(ObjectFolder(tmp_path)).fetch(name, 0, 10, lambda found: None)
+    assert not raised.value.may_pass
