@@ -208,6 +208,8 @@ class Fetcher:
             try:
                 return self._first_answer(request)
             except Refused as error:
+                if self._closed.is_set():  # which ended it
+                    raise _closed() from error
                 self._pause(trouble.was_refused(error))
             request = self._ask(request.name, request.start, request.end)
 
@@ -231,7 +233,7 @@ class Fetcher:
     def _ask(self, name: str, start: int, end: int, *, in_place_of_another: bool = False) -> "_Request":
         with self._counting:
             if self._closed.is_set():
-                raise FetchFailed("the stream was closed", may_pass=True)
+                raise _closed()
             if self._pool is None:
                 most = 2 * max(self._config.requests_near, self._config.requests_far)  # as many again for second ones
                 self._pool = ThreadPoolExecutor(most, thread_name_prefix="stream-requests")
@@ -255,7 +257,7 @@ class Fetcher:
         request.began = time.monotonic()
         request.has_begun.set()
         if self._closed.is_set():
-            raise FetchFailed("the stream was closed", may_pass=True)
+            raise _closed()
         content, first_byte_seconds = self._ranges.read(request.name, request.start, request.end, request.call)
         self._tempo.took(first_byte_seconds, time.monotonic() - request.began)
         with self._counting:
@@ -270,7 +272,7 @@ class Fetcher:
         with self._counting:
             self.retries += 1
         if self._closed.wait(seconds):
-            raise FetchFailed("the stream was closed", may_pass=True)
+            raise _closed()
 
 
 class _Request:
@@ -359,6 +361,10 @@ class _Trouble:
         own_seconds = random.uniform(longest / 2, longest)
         # parts are looked at one after the other: that a later one was refused, too, may be known for a while
         return min(left_seconds, max(0.0, happened + asked_seconds + own_seconds - now))
+
+
+def _closed() -> FetchFailed:
+    return FetchFailed("the stream was closed", may_pass=True)
 
 
 def _length_problem(content: memoryview, start: int, end: int) -> str | None:

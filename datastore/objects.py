@@ -211,7 +211,7 @@ class ObjectFolder:
             except FileExistsError:
                 return False
             except OSError as error:
-                status = _http_status(error)
+                status = http_status(error)
                 if status == _PRECONDITION_FAILED:
                     return False
                 if status != _CONFLICT:
@@ -312,7 +312,7 @@ class ObjectFolder:
             with self._explained(name):
                 yield
         except OSError as error:
-            if error.errno in _DISK_FULL or _http_status(error) == _INSUFFICIENT_STORAGE:
+            if error.errno in _DISK_FULL or http_status(error) == _INSUFFICIENT_STORAGE:
                 free = f"{_free_bytes(self.local_path):,} are free" if self.is_local else "the server has no room"
                 raise DoNotRetry(
                     f"No room for {self.url}/{name} ({len(content):,} bytes; {free}): {error.strerror}. What was "
@@ -364,7 +364,7 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _http_status(error: BaseException | None) -> int | None:
+def http_status(error: BaseException | None) -> int | None:
     """The HTTP status behind an error: servers differ in the exception that a refusal becomes, not in the status."""
     while error is not None:
         response = getattr(error, "response", None)

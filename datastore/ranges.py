@@ -9,23 +9,24 @@ import email.utils
 import errno
 import http.client
 import os
+import queue
 import socket
 import ssl
 import threading
 import time
 import urllib.request
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
 
 from datastore.buffers import Buffers
-from datastore.errors import ViewpointError
-from datastore.objects import ObjectFolder
+from datastore.errors import DoNotRetry
+from datastore.objects import ObjectFolder, http_status
 
 _SIGNED_SECONDS: Final = 3600
 _RENEW_SECONDS: Final = 600  # before a signature ends
@@ -37,6 +38,9 @@ _EXPIRED_STATUS: Final = (400, 403)  # what servers say of a signature that has 
 _REGION_STATUS: Final = (301, 302, 307, 400)  # what S3 says of one that was made for another region
 # of a local file; whatever else goes wrong may pass: disks of networks come back, and other threads close files
 _FINAL_ERRORS: Final = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+_WHOLE_READ_TIMEOUTS: Final = 15  # a read through fsspec shows no single bytes: so many times as long as without one
+
+T = TypeVar("T")
 
 
 class Refused(Exception):
@@ -61,15 +65,15 @@ class Call:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._connection: _Connection | None = None
+        self._wake: Callable[[], None] | None = None
         self._ended = False
 
     def end(self) -> None:
         """Wakes the reading thread with a Refused, now or, where it just begins to connect, at the next call of this."""
         with self._lock:
             self._ended = True
-            if self._connection is not None:
-                self._connection.wake()
+            if self._wake is not None:
+                self._wake()
 
     @property
     def has_ended(self) -> bool:
@@ -77,17 +81,44 @@ class Call:
         return self._ended
 
     @contextmanager
-    def on(self, connection: "_Connection") -> Iterator[None]:
-        """The connection that the read waits for within the block."""
+    def woken_by(self, wake: Callable[[], None]) -> Iterator[None]:
+        """Within the block, the read waits for something that this ends."""
         with self._lock:
             if self._ended:
-                raise Refused("it was given up", may_pass=False)
-            self._connection = connection
+                raise _given_up()
+            outer, self._wake = self._wake, wake
         try:
             yield
         finally:
             with self._lock:
-                self._connection = None
+                self._wake = outer
+
+    def apart(self, function: Callable[[], T], seconds: float) -> T:
+        """What the function returns or raises, within so many seconds. Refused where it takes longer, or the call ends.
+
+        For what nobody can wake: it has a thread of its own, which is left to itself then.
+        """
+        outcomes: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                outcomes.put((function(), None))
+            except BaseException as error:  # noqa: BLE001  it is raised in the thread that waits
+                outcomes.put((None, error))
+
+        with self.woken_by(lambda: outcomes.put((None, _given_up()))):
+            threading.Thread(target=run, name="read-apart", daemon=True).start()
+            try:
+                result, error = outcomes.get(timeout=seconds)
+            except queue.Empty:
+                raise Refused(f"TimeoutError: no answer within {seconds:g} s", may_pass=True) from None
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]  # where there is no error, there is a result
+
+
+def _given_up() -> Refused:
+    return Refused("it was given up", may_pass=False)
 
 
 class Ranges(Protocol):
@@ -116,7 +147,7 @@ def open_ranges(folder: ObjectFolder, timeout_seconds: float, buffers: Buffers) 
         is_encrypted = url.startswith("https:")
         certificates = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE")) if is_encrypted else None
         return _SignedRanges(folder, timeout_seconds, certificates, buffers)
-    return _FolderRanges(folder)
+    return _FolderRanges(folder, timeout_seconds)
 
 
 class _LocalRanges:
@@ -152,22 +183,35 @@ class _FolderRanges:
 
     is_local = False
 
-    def __init__(self, folder: ObjectFolder) -> None:
+    def __init__(self, folder: ObjectFolder, timeout_seconds: float) -> None:
         self._folder = folder
+        self._seconds = _WHOLE_READ_TIMEOUTS * timeout_seconds
 
     def read(self, name: str, start: int, end: int, call: Call) -> tuple[memoryview, float]:
         began = time.monotonic()
-        try:
-            return memoryview(self._folder.read_range(name, start, end)), time.monotonic() - began
-        except FileNotFoundError:
-            raise Missing() from None
-        except ViewpointError as error:
-            raise Refused(str(error), may_pass=False) from error
-        except (OSError, TimeoutError) as error:
-            raise Refused(f"{type(error).__name__}: {error}", may_pass=True) from error
+        with _refusing():
+            content = call.apart(lambda: self._folder.read_range(name, start, end), self._seconds)
+        return memoryview(content), time.monotonic() - began
 
     def close(self) -> None:
         return
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Turns what fsspec's file systems raise into a Refused: they share no base, and few of them are OSErrors."""
+    try:
+        yield
+    except Refused:
+        raise
+    except FileNotFoundError:
+        raise Missing() from None
+    except DoNotRetry as error:
+        raise Refused(str(error), may_pass=False) from error
+    except Exception as error:
+        status = http_status(error)
+        is_final = status is not None and 400 <= status < 500 and status not in _LATER_STATUS
+        raise Refused(f"{type(error).__name__}: {error}", may_pass=not is_final) from error
 
 
 class _Signed(NamedTuple):
@@ -203,7 +247,7 @@ class _SignedRanges:
         began = time.monotonic()
         connection = self._connection(signed.url)
         try:
-            with call.on(connection):
+            with call.woken_by(connection.wake):
                 response = _response(connection, signed.url, start, end, call)
                 first_byte_seconds = time.monotonic() - began
                 self._refuse_status(response, name, signed)

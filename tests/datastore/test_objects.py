@@ -20,7 +20,7 @@ from s3fs import S3FileSystem
 from s3fs.errors import translate_boto_error
 
 from datastore.errors import AskedWrongly, StoreError, ViewpointError
-from datastore.objects import DRAFTS_FOLDER, ObjectFolder, _http_status
+from datastore.objects import DRAFTS_FOLDER, ObjectFolder, http_status
 from tests.s3_server import forget_clients
 
 
@@ -166,8 +166,8 @@ def test_a_refused_create_is_known_by_its_status_whatever_the_exception(code: st
     answer = {"Error": {"Code": code, "Message": ""}, "ResponseMetadata": {"HTTPStatusCode": 412}}
     error = translate_boto_error(ClientError(answer, "PutObject"))
     assert isinstance(error, OSError) and error.errno == errno.EINVAL
-    assert _http_status(error) == 412
-    assert _http_status(OSError(errno.EINVAL, "no request was made")) is None
+    assert http_status(error) == 412
+    assert http_status(OSError(errno.EINVAL, "no request was made")) is None
 
 
 # On an S3 server

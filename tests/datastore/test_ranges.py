@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from datastore.errors import StoreError, ViewpointError
 from datastore.fetch import FetchConfig, Fetcher, FetchFailed
 from datastore.objects import ObjectFolder
 from tests.range_server import CONTENT, Handler, RangeServer, ServedFolder, right, status
 
 PART = 10_000
+CLOSING_SECONDS = 2.0
 
 
 @pytest.fixture
@@ -199,3 +201,88 @@ def test_what_is_no_file_is_an_error_at_once(tmp_path: Path, name: str, says: st
     with pytest.raises(FetchFailed, match=says) as raised:
         Fetcher(ObjectFolder(tmp_path)).fetch(name, 0, 10, lambda found: None)
     assert not raised.value.may_pass
+
+
+# Through fsspec
+
+
+class PayloadError(Exception):
+    """Like aiohttp's and gcsfs', no OSError."""
+
+    def __init__(self, code: int | None = None) -> None:
+        super().__init__("the payload is not complete")
+        self.code = code
+
+
+class UnsignedFolder(ServedFolder):
+    """Objects that only fsspec can read, as behind a proxy; `failures` come first."""
+
+    def __init__(self, *failures: Exception) -> None:
+        super().__init__("gs://bucket")
+        self.failures = list(failures)
+        self.hangs_until = threading.Event()
+        self.hangs_until.set()
+
+    def signed_url(self, name: str, seconds: int) -> None:  # type: ignore[override]
+        return None
+
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        self.hangs_until.wait(30)
+        if self.failures:
+            raise self.failures.pop(0)
+        return CONTENT[start:end]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        ViewpointError("gs://bucket cannot be reached"),
+        PayloadError(),
+        PayloadError(503),
+        TimeoutError(),
+        OSError(5, ""),
+    ],
+    ids=["unreachable", "payload", "503", "time-out", "error of the system"],
+)
+def test_what_goes_wrong_for_a_moment_behind_fsspec_is_tried_again(failure: Exception) -> None:
+    fetcher = Fetcher(UnsignedFolder(failure, failure))
+    assert fetched(fetcher, 0, 100) == CONTENT[:100]
+    assert fetcher.retries == 2
+    fetcher.close()
+
+
+@pytest.mark.parametrize(
+    "failure", [StoreError("Access is refused"), PayloadError(403), FileNotFoundError()], ids=["refused", "403", "gone"]
+)
+def test_what_no_second_read_mends_behind_fsspec_is_an_error_at_once(failure: Exception) -> None:
+    fetcher = Fetcher(UnsignedFolder(failure))
+    with pytest.raises(FetchFailed) as raised:
+        fetched(fetcher, 0, 100)
+    assert not raised.value.may_pass
+    fetcher.close()
+
+
+def test_closing_does_not_wait_for_fsspec() -> None:
+    folder = UnsignedFolder()
+    folder.hangs_until.clear()
+    fetcher = Fetcher(folder)
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit(fetched, fetcher, 0, 100)
+        time.sleep(0.2)
+        started = time.monotonic()
+        fetcher.close()
+        error = read.exception(CLOSING_SECONDS)
+        assert time.monotonic() - started < CLOSING_SECONDS
+    assert isinstance(error, FetchFailed)
+    assert error.may_pass, "the next start reads again"
+    folder.hangs_until.set()
+
+
+def test_a_read_through_fsspec_that_never_ends_is_given_up_within_the_budget() -> None:
+    folder = UnsignedFolder()
+    folder.hangs_until.clear()
+    fetcher = Fetcher(folder, FetchConfig(timeout_seconds=0.01, retry_seconds=0.3))
+    with pytest.raises(FetchFailed, match=r"TimeoutError: no answer within 0.15 s; \d+ attempts"):
+        fetched(fetcher, 0, 100)
+    fetcher.close()
+    folder.hangs_until.set()
