@@ -210,6 +210,11 @@ class Nodes:
             self.returning[node] = time.monotonic() + away
             self.heard("node_replaced", name=f"node {node}", ended=how, after_seconds=away)
 
+    def is_history(self, node: int) -> bool:
+        """Whether the job went on without the node before its agent ended."""
+        self._host.tick()  # its last word first
+        return self._host.membership.is_history(node)
+
     def _start(self, node: int) -> None:
         self._children[node].start()
         self.running.add(node)
@@ -249,18 +254,31 @@ class Nodes:
         if fault.kind == "partition" and self._networks is None:
             self.heard("chaos_skipped", fault=str(fault), why=why_not() or "nodes share the launcher's network")
             return
+        if fault.kind in ("kill-worker", "hang") and not self._signal_worker(fault):
+            self.heard("chaos_skipped", fault=str(fault), why="that worker had ended by itself")
+            return
         self.heard("chaos_injected", fault=str(fault), step=self._recoveries.newest_step)
         if fault.kind in ("kill-worker", "hang"):
-            rank = min(fault.target, max(self._workers))  # a smaller world may lack the one that was meant
-            pid, _ = self._workers[rank]
-            os.kill(pid, signal.SIGKILL if fault.kind == "kill-worker" else signal.SIGSTOP)
-        elif fault.kind == "partition":
+            return
+        if fault.kind == "partition":
             assert self._networks is not None
             self._networks.cut(fault.target)
             self._healing[fault.target] = now + fault.seconds
         else:
             self._away[fault.target] = fault.seconds
             self._children[fault.target].send(signal.SIGKILL if fault.kind == "kill-node" else signal.SIGTERM)
+
+    def _signal_worker(self, fault: Fault) -> bool:
+        """Whether there was a worker to do it to; a smaller world may lack the one that was meant."""
+        ranks = [rank for rank in self._workers if rank <= fault.target] or list(self._workers)[:1]
+        if not ranks:
+            return False
+        pid, _ = self._workers[max(ranks)]
+        try:
+            os.kill(pid, signal.SIGKILL if fault.kind == "kill-worker" else signal.SIGSTOP)
+        except ProcessLookupError:
+            return False
+        return True
 
 
 def run_nodes(
@@ -353,7 +371,7 @@ def _until_the_end(
                 continue
             if told is not Urgency.GO_ON:
                 nodes.running.remove(node)
-            elif code in FINAL_CODES:
+            elif code in FINAL_CODES and not nodes.is_history(node):
                 _wait(running, watch)  # the others hear of it
                 return Outcome(code, children[node].name)
             else:

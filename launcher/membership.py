@@ -213,6 +213,12 @@ class Membership:
         """All nodes save; then the job ends with this code."""
         self._cancelled = code
 
+    def is_history(self, node: int) -> bool:
+        """Whether the node's agent worked in an older world than the one that counts: its end says nothing of the job."""
+        agents = [agent for agent in self._agents.values() if agent.node == node]
+        newest = max(agents, key=lambda agent: agent.number, default=None)
+        return newest is not None and newest.report.generation > 0 and not self._is_member(newest)
+
     def heard_within(self, seconds: float, now: float) -> bool:
         """Whether any agent was heard of within a time: whoever is told of the job's end leaves."""
         return any(now - agent.heard_at <= seconds for agent in self._agents.values())
@@ -252,7 +258,8 @@ class Membership:
 
     def _let_leave(self, agent: _Agent) -> None:
         code = agent.report.exit_code
-        if code in FINAL_CODES:
+        if code in FINAL_CODES and not agent.is_lost and self._is_member(agent):
+            # one that was cut off, and whose world is history, has no say: what it met is that the others went on
             self.end(code, f"node {agent.node} ended with exit code {code}")
         self._lose(
             agent, "it was told to stop, and saved" if code == EXIT_STOPPED else f"it ended with exit code {code}"

@@ -16,10 +16,12 @@ import psutil
 import pytest
 
 from datastore.errors import EXIT_DO_NOT_RETRY, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from launcher.chaos import Chaos, Fault
 from launcher.command import Command, Layout, Machine
-from launcher.local import Child, Outcome, Spawned, Starter, run_nodes, run_process, run_together
+from launcher.local import Child, Nodes, Outcome, Spawned, Starter, run_nodes, run_process, run_together
+from launcher.membership import Membership, Rules
 from launcher.nursery import Nursery
-from launcher.rendezvous import RendezvousStore
+from launcher.rendezvous import Host, RendezvousStore
 from launcher.stop import StopRequest
 
 PATIENT_WORKER = """
@@ -196,6 +198,26 @@ def test_a_node_whose_workers_are_done_joins_one_that_must_start_again(
     job = job_of(script)
     assert job.run() == Outcome(EXIT_DONE)
     assert (tmp_path / "tries").read_text() == "xx"
+
+
+def test_a_fault_that_comes_too_late_is_left_out_and_ends_nothing(tmp_path: Path, store: RendezvousStore) -> None:
+    heard: list[tuple[str, dict[str, Any]]] = []
+    nodes = Nodes(
+        [],
+        Host(store, "late", Membership(Rules(most=1, least=1))),
+        [],
+        on_event=lambda kind, **facts: heard.append((kind, facts)),
+        chaos=Chaos((Fault("kill-worker", 1, step=0), Fault("hang", 0, step=0))),
+        networks=None,
+    )
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    facts = {"node": 0, "generation": 1, "ranks": [0], "pids": [gone.pid], "heartbeats": [str(tmp_path / "none")]}
+    nodes.heard("workers_started", **facts)
+    nodes.tick()
+    skipped = [facts["fault"] for kind, facts in heard if kind == "chaos_skipped"]
+    assert skipped == ["kill-worker=1@0", "hang=0@0"]
+    assert not [kind for kind, _ in heard if kind == "chaos_injected"]
 
 
 def test_workers_that_keep_failing_end_the_job_and_the_log_that_says_why_is_named(

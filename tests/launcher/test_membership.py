@@ -477,3 +477,20 @@ def test_where_a_node_fails_after_one_that_was_done_left_the_others_go_on_withou
     story.say(2)
     story.after(1.5)
     assert story.nodes == [1, 2]
+
+
+def test_a_node_whose_world_is_history_does_not_end_the_job_for_good() -> None:
+    story = started()
+    story.silent.add(2)
+    story.after(7)
+    story.say(0, 1)
+    story.after(1.5)
+    story.run()
+    assert story.nodes == [0, 1]
+    story.silent.clear()
+    story.say(2, phase="leaving", generation=1, exit_code=EXIT_DO_NOT_RETRY)
+    assert story.after(1).end is None, "what it met is that the others went on"
+    assert story.membership.is_history(2)
+    assert not story.membership.is_history(0)
+    story.say(0, phase="leaving", exit_code=EXIT_DO_NOT_RETRY)
+    assert story.after(0.1).end == EXIT_DO_NOT_RETRY
