@@ -19,19 +19,11 @@ class Projection(nn.Module):
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
         self.linear = nn.Linear(in_features, out_features, bias=bias)
-        self.norm = nn.BatchNorm1d(out_features)
+        self.norm = RowNorm(out_features)
 
     def forward(self, rows: Float[Tensor, "r c"]) -> Float[Tensor, "r d"]:
-        """The projected rows. Fewer than two have no statistics: the running ones are used, and left alone.
-
-        With no rows at all, every weight still has a gradient, zero.
-        """
-        norm, projected = self.norm, self.linear(rows)
-        if len(rows) > 1:
-            normalised = norm(projected)
-        else:
-            normalised = F.batch_norm(projected, norm.running_mean, norm.running_var, norm.weight, norm.bias)
-        return F.relu(normalised, inplace=True)
+        """The projected rows; there may be none."""
+        return F.relu(self.norm(self.linear(rows)), inplace=True)
 
 
 def classification_head(

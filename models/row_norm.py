@@ -1,5 +1,6 @@
 """Batch normalisation over the last axis, whatever stands before it."""
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -8,9 +9,15 @@ class RowNorm(nn.BatchNorm1d):
     """BatchNorm1d for networks that keep channels last: each slot of the axes before is a row of its own.
 
     What papers write as 1x1 convolutions with BatchNorm2d over [b, c, n, k] is Linear and this over [b, n, k, c].
+    Fewer than two rows have no statistics: the running ones are used then, and left alone. With no rows at all, every
+    weight still has a gradient, zero.
     """
 
     def forward(self, features: Float[Tensor, "... c"]) -> Float[Tensor, "... c"]:
         """The normalised features, in the same layout."""
-        normalised: Tensor = super().forward(features.flatten(0, -2)).view(features.shape)
-        return normalised
+        rows = features.flatten(0, -2)
+        if len(rows) > 1:
+            normalised: Tensor = super().forward(rows)
+        else:
+            normalised = F.batch_norm(rows, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return normalised.view(features.shape)

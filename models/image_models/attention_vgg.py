@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.image_models.teacher import ImageNetworkConfig, ImageTeacher
 from models.image_models.trunk import as_images, read_weights
+from models.row_norm import RowNorm
 
 _TIMM_NAME: Final = "vgg11_bn"
 _GRID: Final = 32  # pixels of the image for each place of the decoders' first map
@@ -151,7 +152,7 @@ class ViewAutoencoder(AttentionTeacher):
         self.widths = [round(config.width * width) for width in (256, 256, 128, 64, 32)]
         self.spread = nn.Sequential(
             nn.Linear(self.trunk.width, self.widths[0] * self.grid**2, bias=False),
-            nn.BatchNorm1d(self.widths[0] * self.grid**2),
+            RowNorm(self.widths[0] * self.grid**2),
             nn.ReLU(inplace=True),
         )
         self.decoder = nn.ModuleList(
@@ -230,7 +231,7 @@ def _unit(before: int, after: int, kernel_size: int) -> nn.Sequential:
 
 
 def _fully_connected(before: int, after: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU(inplace=True))
+    return nn.Sequential(nn.Linear(before, after, bias=False), RowNorm(after), nn.ReLU(inplace=True))
 
 
 def _doubled(map_: Float[Tensor, "r c h w"]) -> Float[Tensor, "r c h2 w2"]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.encoding import Encoding, PointEncoder
 from models.ops.view_pooling import max_over_points
+from models.row_norm import RowNorm
 
 Widths = tuple[PositiveInt, ...]
 
@@ -104,7 +105,7 @@ def point_layers(in_features: int, widths: Widths, *, final_relu: bool = True, b
     """
     layers: list[nn.Module] = []
     for width in widths:
-        layers += [nn.Linear(in_features, width, bias=bias), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+        layers += [nn.Linear(in_features, width, bias=bias), RowNorm(width), nn.ReLU(inplace=True)]
         in_features = width
     return nn.Sequential(*layers if final_relu else layers[:-1])
 

@@ -30,8 +30,10 @@ def small(seed: int = 0) -> PointNet:
 def convolutions(layers: nn.Sequential, features: Tensor) -> Tensor:
     """The same layers as 1x1 convolutions over [b, c, n], which is how papers write them."""
     for layer in layers:
-        linear = isinstance(layer, nn.Linear)
-        features = F.conv1d(features, layer.weight[..., None], layer.bias) if linear else layer(features)
+        if isinstance(layer, nn.Linear):
+            features = F.conv1d(features, layer.weight[..., None], layer.bias)
+        else:
+            features = nn.BatchNorm1d.forward(layer, features) if isinstance(layer, nn.BatchNorm1d) else layer(features)
     return features
 
 
