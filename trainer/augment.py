@@ -66,13 +66,6 @@ def some_points(seeds: Int64[Tensor, " b"], num_stored: int, count: int) -> Int6
     return uniform(seeds, num_stored, "points of this visit").argsort(dim=1, stable=True)[:, :count]
 
 
-def to_unit_ball(points: Float32[Tensor, "b n 3"]) -> Float32[Tensor, "b n 3"]:
-    """The clouds with the mean of their points in the origin and the farthest one at distance 1."""
-    centred = points - points.mean(dim=1, keepdim=True)
-    radius = torch.linalg.vector_norm(centred, dim=2).amax(dim=1)[:, None, None]
-    return centred / torch.where(radius > 0, radius, 1)  # a cloud of one place stays in the origin
-
-
 def scale(
     points: Float32[Tensor, "b n 3"], seeds: Int64[Tensor, " b"], scale_range: tuple[float, float], purpose: str
 ) -> Float32[Tensor, "b n 3"]:

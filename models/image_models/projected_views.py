@@ -14,17 +14,11 @@ from jaxtyping import Float, Float32, Int64, Shaped
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from models.depth_projection import (
-    NUM_VIEWS,
-    depth_sums,
-    frame_clouds,
-    grey_images,
-    pixels_of,
-    to_unit_sphere,
-)
+from models.depth_projection import NUM_VIEWS, depth_sums, frame_clouds, grey_images, pixels_of
 from models.image_models.teacher import ImageNetworkConfig, ImageTeacher
 from models.image_models.trunk import TrunkConfig
 from models.image_models.vision_transformer import ImageWords, TokenTrunkConfig
+from models.unit_sphere import to_unit_sphere
 
 # The published teacher is shown images normalised as ImageNet's, and not as CLIP's own
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)

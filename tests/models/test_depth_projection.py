@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.depth_projection import NUM_VIEWS, depth_sums, frame_clouds, grey_images, pixels_of, to_unit_sphere
+from models.depth_projection import NUM_VIEWS, depth_sums, frame_clouds, grey_images, pixels_of
 from models.ops.image_lookup import look_up_bicubic
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -124,15 +124,6 @@ def test_looking_a_map_up_is_enlarging_it_and_reading_at_the_pixels() -> None:
     torch.testing.assert_close(look_up_bicubic(maps.permute(0, 2, 3, 1), pixels, 224), expected, rtol=0, atol=1e-5)
     constant = look_up_bicubic(torch.full((NUM_VIEWS, 14, 14, 1), 3.5), pixels, 224)
     torch.testing.assert_close(constant, torch.full_like(constant, 3.5))
-
-
-def test_the_unit_sphere_is_that_of_the_points_that_are_measured() -> None:
-    points = clouds() + 3
-    moved = to_unit_sphere(points)
-    torch.testing.assert_close(moved.mean(dim=1), torch.zeros(2, 3), rtol=0, atol=1e-6)
-    torch.testing.assert_close(moved.norm(dim=2).amax(dim=1), torch.ones(2))
-    torch.testing.assert_close(to_unit_sphere(points, 20)[:, :20], to_unit_sphere(points[:, :20]))
-    assert to_unit_sphere(torch.ones(1, 5, 3)).eq(0).all()  # coincident points have no size
 
 
 @pytest.mark.parametrize("size", [6, 33])

@@ -17,7 +17,6 @@ from trainer.augment import (
     scale_and_shift,
     shift_by_extent,
     some_points,
-    to_unit_ball,
     uniform,
 )
 
@@ -109,13 +108,6 @@ def test_points_come_in_an_order_that_belongs_to_the_sample() -> None:
     assert torch.equal(in_random_order(points[[4, 1]], SEEDS[[4, 1]], "order")[..., 0], ordered[[4, 1]])
     rows = in_random_order(clouds(), SEEDS, "order")
     assert torch.equal(rows[0].sort(dim=0).values, clouds()[0].sort(dim=0).values)
-
-
-def test_clouds_come_to_the_unit_ball_around_their_mean() -> None:
-    brought = to_unit_ball(3 * clouds() + 5)
-    torch.testing.assert_close(brought.mean(dim=1), torch.zeros(6, 3), atol=1e-6, rtol=0)
-    torch.testing.assert_close(brought.norm(dim=2).amax(dim=1), torch.ones(6))
-    assert torch.equal(to_unit_ball(torch.full((2, 4, 3), 7.0)), torch.zeros(2, 4, 3))
 
 
 def test_a_cloud_is_scaled_by_one_number() -> None:

@@ -24,6 +24,7 @@ from datastore.errors import DoNotRetry
 from models.encoding import PointEncoder
 from models.heads import contrastive_head
 from models.image_models.trunk import TrunkConfig, as_images, build_trunk
+from models.unit_sphere import to_unit_sphere
 from trainer import augment
 from trainer.augment_images import crop_some, flip_some, jitter_colours, some_views
 from trainer.distributed import gather, own_rows
@@ -48,7 +49,7 @@ class CrossPointConfig(BaseModel, extra="forbid", frozen=True):
     hidden_features: PositiveInt = 1024  # of the head on points
     image_hidden_features: PositiveInt = 512  # of the head on images
     projected_features: PositiveInt = 256
-    # Of points, in this order, after each copy is brought to the unit ball
+    # Of points, in this order, after each copy is brought to the unit sphere
     scale_range: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)
     rotate: bool = True  # about the vertical axis, by any angle
     shift: NonNegativeFloat = 0.5  # of the extent along each axis
@@ -137,7 +138,7 @@ class CrossPoint(Objective[CrossPointBatch]):
     ) -> Float32[Tensor, "b n 3"]:
         """Copy 1 or 2 of each cloud, augmented."""
         config, purpose = self.config, f"crosspoint copy {copy}"
-        points = augment.to_unit_ball(points)
+        points = to_unit_sphere(points)
         if config.elastic_deviation > 0:
             points = augment.distort(points, seeds, config.elastic_deviation, f"{purpose}: distort")
         points = augment.scale(points, seeds, config.scale_range, f"{purpose}: scale")

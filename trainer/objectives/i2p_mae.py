@@ -18,7 +18,7 @@ from torch import Tensor
 
 from datastore.batch import Batch
 from datastore.errors import DoNotRetry, MissingField
-from models.depth_projection import NUM_VIEWS, to_unit_sphere
+from models.depth_projection import NUM_VIEWS
 from models.encoding import PointEncoder
 from models.image_models.projected_views import ProjectedViews, ProjectedViewsConfig, ProjectedWords
 from models.masked_decoder import CoordinatesHead, FeaturesHead, MaskedDecoderConfig
@@ -26,6 +26,7 @@ from models.ops.distances import chamfer_distance
 from models.ops.image_lookup import look_up_bicubic
 from models.ops.neighbours import gather
 from models.students.masked_transformer import MaskedTransformer, propagate_visibility
+from models.unit_sphere import to_unit_sphere
 from trainer.augment import scale_and_shift, some_points
 from trainer.objectives.base import Corpus, Objective, Terms
 from trainer.objectives.frozen import Frozen, load_network

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from datastore.batch import Batch
 from datastore.errors import DoNotRetry
-from models.depth_projection import NUM_VIEWS, to_unit_sphere
+from models.depth_projection import NUM_VIEWS
 from models.encoding import PointEncoder
 from models.image_models.projected_views import ProjectedViews, ProjectedViewsConfig
 from models.ops.neighbours import gather
+from models.unit_sphere import to_unit_sphere
 from trainer.augment import scale_and_shift, some_points
 from trainer.objectives.base import Corpus, Objective, Terms
 from trainer.objectives.means import UNLABELLED, rank_share, smoothed_cross_entropy

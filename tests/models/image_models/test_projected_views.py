@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.depth_projection import depth_sums, frame_clouds, grey_images, pixels_of, to_unit_sphere
+from models.depth_projection import depth_sums, frame_clouds, grey_images, pixels_of
 from models.image_models import build_image_model
 from models.image_models.projected_views import IMAGENET_MEAN, IMAGENET_STD, ProjectedViews, ProjectedViewsConfig
 from models.image_models.trunk import TrunkConfig
+from models.unit_sphere import to_unit_sphere
 
 TINY = TrunkConfig(name="test_vit", image_size=64, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 FIELDS = ("view_tokens", "view_saliency", "view_pixels")

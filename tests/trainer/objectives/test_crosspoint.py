@@ -17,6 +17,7 @@ from datastore.errors import DoNotRetry
 from datastore.layout import Store
 from models.image_models.trunk import as_images, build_trunk
 from models.students import build_student
+from models.unit_sphere import to_unit_sphere
 from tests.ranks import run_ranks
 from tests.runs import tiny_config, train
 from trainer import augment
@@ -120,7 +121,7 @@ def test_both_copies_go_through_the_student_in_one_batch() -> None:  # trap 10
 
 def test_a_copy_is_augmented_in_the_published_order() -> None:  # property 7
     objective, batch = make_objective(), make_batch()
-    points, seeds = augment.to_unit_ball(batch.points), batch.seeds
+    points, seeds = to_unit_sphere(batch.points), batch.seeds
     points = augment.scale(points, seeds, (0.5, 2.0), "crosspoint copy 1: scale")
     points = augment.rotate_about_y(points, seeds, "crosspoint copy 1: rotate")
     points = augment.shift_by_extent(points, seeds, 0.5, "crosspoint copy 1: shift")
@@ -146,7 +147,7 @@ def test_augmentations_can_be_switched_off_and_the_paper_s_own_switched_on() -> 
     off = {"scale_range": (1.0, 1.0), "rotate": False, "shift": 0, "jitter_deviation": 0, "largest_drop_out": 0}
     batch = make_batch()
     plain = make_objective(**off).augmented(batch.points, batch.seeds, 1)
-    torch.testing.assert_close(plain, augment.to_unit_ball(batch.points))
+    torch.testing.assert_close(plain, to_unit_sphere(batch.points))
     bent = make_objective(**off, elastic_deviation=0.05).augmented(batch.points, batch.seeds, 1)
     assert 0.01 < (bent - plain).abs().mean() < 0.05
     assert batch.views is not None
