@@ -23,6 +23,7 @@ from torch import Tensor
 
 from datastore.errors import DoNotRetry
 from datastore.schema import FIELDS
+from trainer.numerics import exact_float32
 
 if TYPE_CHECKING:
     from models.image_models.teacher import ImageTeacher
@@ -55,6 +56,7 @@ def describer(
             said = teacher.teach(shapes, fields)
         return {field: said[field].to(getattr(torch, FIELDS[field].dtype)) for field in fields}
 
+    exact_float32()
     if device == "cpu":
         is_small = sum(weights.numel() for weights in teacher.parameters()) <= _SMALL_WEIGHTS
         with _shape_by_shape(words_of, fields, view_by_view=is_small and teacher.reads == "views") as describe:

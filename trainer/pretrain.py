@@ -8,7 +8,6 @@ step.
 import argparse
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -86,11 +85,13 @@ def pretrain(
     from trainer.export import network_description
     from trainer.fragments import check_layout
     from trainer.metrics import Means, TimeAccount
+    from trainer.numerics import be_deterministic, exact_float32
     from trainer.saving import Saver
 
     account, began_at = TimeAccount(), psutil.Process().create_time()
     account.add_earlier({"startup": time.time() - began_at})  # the imports
     be_deterministic()
+    exact_float32()
     split = split_batch(config.global_batch, world.size, config.engine.max_micro_batch)
     objective = build_objective(config, open_store(store_url(config)))
     checkpoints = ObjectFolder(folder.checkpoints_url)
@@ -486,7 +487,7 @@ def build_objective(config: "RunConfig", store: "Store") -> "Objective[Any]":
     teachers = dict(store.teachers)
     if (name := config.teacher) is not None:
         teachers[name] = teachers[store.resolve_teacher(name)]
-    dims = {name: teacher.dim for name, teacher in teachers.items()}
+    dims = {name: teacher.dim for name, teacher in teachers.items() if "view_features" in teacher.fields}
     taught = {name: TaughtFields(teacher.image_size, teacher.fields) for name, teacher in teachers.items()}
     corpus = Corpus(facts.class_names, facts.num_views, facts.image_size, facts.part_names, dims, taught)
     return config.objective.build(student, corpus)
@@ -518,13 +519,3 @@ def _shape(state: "Mapping[str, Tensor]", name: str) -> str:
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Where the randomness of one step on one rank starts (dropout, drop path): no random state needs to be saved."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest(), "little")
-
-
-def be_deterministic() -> None:
-    """Chooses kernels that give the same bits each time, where torch has them; others say so in a warning."""
-    import torch
-
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = False

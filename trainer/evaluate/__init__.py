@@ -70,7 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
     from trainer.distributed import joined
     from trainer.encoders import find_encoder
     from trainer.evaluate.features import extract_features
+    from trainer.numerics import exact_float32
 
+    exact_float32()
     store = open_store(arguments.data)
     found = find_encoder(arguments.checkpoint, random_weights=arguments.random_weights)
     encoder = _point_encoder(found)
