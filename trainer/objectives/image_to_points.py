@@ -13,13 +13,14 @@ from pydantic import BaseModel, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from datastore.batch import Batch
-from datastore.errors import AskedWrongly, MissingField
+from datastore.errors import AskedWrongly
 from models.encoding import PointEncoder
 from models.point_generator import PointGenerator, PointGeneratorConfig
 from trainer.augment import scale_and_shift
 from trainer.objectives.base import Corpus, Objective, Terms
 from trainer.objectives.cloud_distance import CloudDistanceConfig, cloud_distance
 from trainer.objectives.means import rank_share
+from trainer.objectives.view_features import feature_width, of_shape
 
 
 class ImageToPointsConfig(BaseModel, extra="forbid", frozen=True):
@@ -78,19 +79,3 @@ class ImageToPoints(Objective[ImageToPointsBatch]):
         share = rank_share(torch.tensor(len(points), device=points.device))
         distance = cloud_distance(predicted, points, config.distance).mean()
         return {"earth_movers_distance": config.weight * share * distance}
-
-
-def of_shape(view_features: Float[Tensor, "b v d"]) -> Float32[Tensor, "b d"]:
-    """PointCMT's F_img: the maximum over a shape's views, whatever their order; a constant."""
-    return view_features.detach().float().amax(dim=1)
-
-
-def feature_width(teacher: str, corpus: Corpus, objective: str) -> int:
-    """The width of a teacher's view features; an error that names the command which writes them where there are none."""
-    if teacher not in corpus.teacher_dims:
-        present = ", ".join(sorted(corpus.teacher_dims)) or "no teacher"
-        raise MissingField(
-            f"The store has no 'view_features' of teacher {teacher!r}, which objective {objective!r} reads; it has those "
-            f"of {present}. Write them with `viewpoint cache STORE --teacher {teacher}`."
-        )
-    return corpus.teacher_dims[teacher]

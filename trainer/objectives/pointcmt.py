@@ -25,8 +25,8 @@ from trainer.augment import in_random_order, scale_and_shift
 from trainer.objectives.base import Corpus, Objective, Terms
 from trainer.objectives.cloud_distance import CloudDistanceConfig, cloud_distance
 from trainer.objectives.frozen import Frozen, load_network
-from trainer.objectives.image_to_points import feature_width, of_shape
 from trainer.objectives.means import UNLABELLED, rank_share, smoothed_cross_entropy
+from trainer.objectives.view_features import feature_width, of_shape
 
 
 class PointCMTConfig(BaseModel, extra="forbid", frozen=True):

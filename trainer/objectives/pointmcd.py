@@ -15,13 +15,14 @@ from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, model_va
 from torch import Tensor, nn
 
 from datastore.batch import Batch
-from datastore.errors import DoNotRetry, MissingField
 from models.encoding import Encoding, PointEncoder
-from models.heads import Projection, classification_head, part_segmentation_head
+from models.heads import Projection
 from models.ops.view_pooling import masked_view_max
 from trainer.augment import scale_and_shift
 from trainer.objectives.base import Corpus, Objective, Terms
 from trainer.objectives.means import UNLABELLED, rank_share, smoothed_cross_entropy
+from trainer.objectives.task import Task, predictions, task_head
+from trainer.objectives.view_features import feature_width
 
 
 class PointMCDConfig(BaseModel, extra="forbid", frozen=True):
@@ -31,7 +32,7 @@ class PointMCDConfig(BaseModel, extra="forbid", frozen=True):
     needs_student: ClassVar[bool] = True
 
     teacher: str
-    task: Literal["classification", "parts"] = "classification"
+    task: Task = "classification"
     alignment_weight: NonNegativeFloat = 1.0  # 0: no alignment branch is built
     task_weight: NonNegativeFloat = 0.1  # 1 for the part-segmentation DGCNN; 0: no labels are used
     label_smoothing: float = Field(0.2, ge=0, lt=1)  # part segmentation with PointNet: 0.05
@@ -79,33 +80,16 @@ class PointMCD(Objective[PointMCDBatch]):
         # The head before the projection: a run without alignment starts from the same random weights
         self.head: nn.Module | None = None
         if config.task_weight > 0:
-            if not corpus.class_names:
-                raise DoNotRetry(
-                    "Objective 'pointmcd' has task_weight > 0, but the store names no classes. "
-                    "Train without labels (--set objective.task_weight=0), or ingest a source that has them."
-                )
-            if config.task == "classification":
-                self.head = classification_head(student.pooled_dim, len(corpus.class_names))
-            else:
-                if not corpus.part_names:
-                    raise DoNotRetry(
-                        "Objective 'pointmcd' with task 'parts' learns from part labels, but the store names no parts. "
-                        "Ingest a source that has them, or set objective.task=classification."
-                    )
-                self.head = part_segmentation_head(student, len(corpus.class_names), len(corpus.part_names))
+            self.head = task_head(
+                config.task, student, corpus, objective="pointmcd",
+                without_labels="train without labels (--set objective.task_weight=0)",
+            )  # fmt: skip
         else:
             unread |= {"label", "part_labels"}
         self.projection = None
         if config.alignment_weight > 0:
-            if config.teacher not in corpus.teacher_dims:
-                present = ", ".join(sorted(corpus.teacher_dims)) or "no teacher"
-                raise MissingField(
-                    f"The store has no 'view_features' of teacher {config.teacher!r}, which objective 'pointmcd' "
-                    f"reads; it has those of {present}. "
-                    f"Write them with `viewpoint cache STORE --teacher {config.teacher} --weights FOLDER`, where FOLDER is "
-                    f"the export of job {config.teacher!r}, or let `viewpoint launch ... --prepare` do both."
-                )
-            self.projection = Projection(student.per_point_dim, corpus.teacher_dims[config.teacher])
+            width = feature_width(config.teacher, corpus, "pointmcd")
+            self.projection = Projection(student.per_point_dim, width)
         else:
             unread |= {"visibility", "view_features"}
         self.batch_type = PointMCDBatch.without(*sorted(unread)) if unread else PointMCDBatch
@@ -120,7 +104,8 @@ class PointMCD(Objective[PointMCDBatch]):
         encoding = self.student(scale_and_shift(batch.points, batch.seeds, config.scale_range, config.shift))
         terms: Terms = {}
         if self.head is not None:
-            logits, labels = self.predictions(encoding, batch)
+            assert batch.label is not None, "batch_type asks for it"
+            logits, labels = predictions(config.task, self.head, encoding, batch.label, batch.part_labels)
             task = smoothed_cross_entropy(logits, labels, config.label_smoothing)
             terms["task"] = config.task_weight * rank_share((labels != UNLABELLED).sum()) * task
         if self.projection is not None:
@@ -130,17 +115,6 @@ class PointMCD(Objective[PointMCDBatch]):
         if encoding.penalty is not None and config.transform_penalty_weight > 0:
             terms["transform_penalty"] = config.transform_penalty_weight * encoding.penalty
         return terms
-
-    def predictions(self, encoding: Encoding, batch: PointMCDBatch) -> tuple[Float[Tensor, "r k"], Int64[Tensor, " r"]]:
-        """Logits and labels, one row for each cloud or, of parts, for each point."""
-        assert self.head is not None and batch.label is not None
-        if self.config.task == "classification":
-            return self.head(encoding.pooled), batch.label
-        assert batch.part_labels is not None
-        logits = self.head(encoding, batch.label.clamp(min=0))
-        # a cloud of unknown category has parts of none
-        labels = torch.where(batch.label[:, None] != UNLABELLED, batch.part_labels.long(), UNLABELLED)
-        return logits.flatten(0, 1), labels.flatten()
 
     def classify(self, points: Float32[Tensor, "b n 3"]) -> Float[Tensor, "b k"]:
         """Class logits, from points alone."""

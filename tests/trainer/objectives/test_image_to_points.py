@@ -10,7 +10,7 @@ from datastore.errors import AskedWrongly, MissingField
 from trainer.augment import scale_and_shift
 from trainer.objectives.base import Corpus
 from trainer.objectives.cloud_distance import CloudDistanceConfig, cloud_distance
-from trainer.objectives.image_to_points import ImageToPoints, ImageToPointsBatch, ImageToPointsConfig, of_shape
+from trainer.objectives.image_to_points import ImageToPoints, ImageToPointsBatch, ImageToPointsConfig
 
 CORPUS = Corpus(class_names=(), num_views=4, image_size=32, teacher_dims={"teacher": 16})
 
@@ -43,13 +43,6 @@ def test_the_term_is_the_distance_of_decoded_and_augmented_points() -> None:
 
 def test_the_generator_is_sized_by_the_teacher_s_features() -> None:
     assert make_objective().encoder.config.in_features == 16
-
-
-def test_a_shape_s_features_are_the_maximum_over_its_views() -> None:
-    features = make_batch().view_features
-    assert torch.equal(of_shape(features), features.float().max(dim=1).values)
-    assert torch.equal(of_shape(features[:, [2, 0, 3, 1, 1]]), of_shape(features))
-    assert not of_shape(features.float().requires_grad_()).requires_grad
 
 
 def test_the_order_of_points_does_not_matter() -> None:
