@@ -183,7 +183,7 @@ class Fetcher:
         requests = [self._ask(name, *bound) for bound in bounds]
         try:
             return [self._part(request) for request in requests]
-        except FetchFailed:
+        except BaseException:
             for request in requests:
                 request.call.end()
             raise

@@ -243,11 +243,11 @@ class _SignedRanges:
         self._lock = threading.Lock()
 
     def read(self, name: str, start: int, end: int, call: Call) -> tuple[memoryview, float]:
-        signed = self._signed_url(name)
+        signed = self._signed_url(name, call)
         began = time.monotonic()
         connection = self._connection(signed.url)
         try:
-            with call.woken_by(connection.wake):
+            with connection.reading_for(call):
                 response = _response(connection, signed.url, start, end, call)
                 first_byte_seconds = time.monotonic() - began
                 self._refuse_status(response, name, signed)
@@ -299,13 +299,14 @@ class _SignedRanges:
             pause_seconds=_seconds_from_now(response.headers.get("Retry-After")),
         )
 
-    def _signed_url(self, name: str) -> _Signed:
+    def _signed_url(self, name: str, call: Call) -> _Signed:
         with self._lock:
             found = self._signed.get(name)
         if found is not None and 0 <= found.age_seconds < _SIGNED_SECONDS - _RENEW_SECONDS:
             return found
         now = time.time()
-        url = self._folder.signed_url(name, _SIGNED_SECONDS)
+        with _refusing():  # credentials may have to be fetched first
+            url = call.apart(lambda: self._folder.signed_url(name, _SIGNED_SECONDS), self._timeout_seconds)
         assert url is not None, "this folder could sign when it was opened"
         signed = _Signed(urlsplit(url), now)
         with self._lock:
@@ -331,9 +332,25 @@ class _Connection(http.client.HTTPConnection):
     def __init__(self, url: SplitResult, timeout_seconds: float, certificates: ssl.SSLContext | None) -> None:
         super().__init__(url.hostname or "", url.port or (443 if certificates else 80), timeout=timeout_seconds)
         self._certificates = certificates
+        self._timeout_seconds = timeout_seconds
+        self._call = Call()
+
+    @contextmanager
+    def reading_for(self, call: Call) -> Iterator[None]:
+        """Within the block, the connection serves this call, and ends with it."""
+        self._call = call
+        try:
+            with call.woken_by(self.wake):
+                yield
+        finally:
+            if call.has_ended:
+                self.close()
 
     def connect(self) -> None:
-        for family, kind, protocol, _, address in socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM):
+        addresses = self._call.apart(
+            lambda: socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM), self._timeout_seconds
+        )
+        for family, kind, protocol, _, address in addresses:
             try:
                 self.sock = socket.socket(family, kind, protocol)
                 self.sock.settimeout(self.timeout)

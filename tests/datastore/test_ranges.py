@@ -4,7 +4,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,6 +31,13 @@ def fetched(fetcher: Fetcher, start: int, end: int) -> bytes:
     return bytes(
         fetcher.fetch("shard", start, end, lambda found: None if bytes(found) == CONTENT[start:end] else "damaged")
     )
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come to this"
+        time.sleep(0.01)
 
 
 # Signatures
@@ -162,6 +169,90 @@ def test_a_new_bucket_that_is_not_known_everywhere_yet_is_asked_again(
     assert fetched(ending[1], 0, 100) == CONTENT[:100]
 
 
+class PayloadError(Exception):
+    """Like aiohttp's and gcsfs', no OSError."""
+
+    def __init__(self, code: int | None = None) -> None:
+        super().__init__("the payload is not complete")
+        self.code = code
+
+
+class TroubledFolder(ServedFolder):
+    """Objects behind URLs whose signing, but for the first of all, goes by the script."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.failures: list[Exception] = []
+        self.may_sign = threading.Event()
+        self.may_sign.set()
+
+    def signed_url(self, name: str, seconds: int) -> str:
+        self.may_sign.wait(30)
+        if self.failures:
+            raise self.failures.pop()
+        return super().signed_url(name, seconds)
+
+
+@pytest.mark.parametrize(
+    "failure", [ViewpointError("the server of credentials does not answer"), PayloadError(500), OSError(5, "")]
+)
+def test_credentials_that_cannot_be_had_for_a_moment_are_asked_for_again(
+    server: RangeServer, failure: Exception
+) -> None:
+    folder = TroubledFolder(server.url)
+    fetcher = Fetcher(folder, FetchConfig(part_mib=PART / 2**20))
+    folder.failures = [failure] * 3
+    assert fetched(fetcher, 0, 3 * PART) == CONTENT[: 3 * PART]
+    assert fetcher.retries >= 3
+    fetcher.close()
+
+
+def test_credentials_that_are_gone_end_every_part_of_the_range(server: RangeServer) -> None:
+    folder = TroubledFolder(server.url)
+    fetcher = Fetcher(folder, FetchConfig(part_mib=PART / 2**20))
+    folder.failures = [StoreError("There are no credentials")] * 3
+    with pytest.raises(FetchFailed, match="no credentials") as raised:
+        fetched(fetcher, 0, 3 * PART)
+    assert not raised.value.may_pass
+    fetcher.close()
+
+
+def test_signing_that_hangs_is_tried_again_and_kept_from_no_closing(server: RangeServer) -> None:
+    folder = TroubledFolder(server.url)
+    fetcher = Fetcher(folder, FetchConfig(timeout_seconds=0.1))
+    folder.may_sign.clear()
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit(fetched, fetcher, 0, 100)
+        wait_until(lambda: fetcher.retries >= 2)
+        started = time.monotonic()
+        fetcher.close()
+        assert isinstance(read.exception(CLOSING_SECONDS), FetchFailed)
+        assert time.monotonic() - started < CLOSING_SECONDS
+    folder.may_sign.set()
+
+
+def test_a_name_that_is_not_resolved_for_a_while_holds_up_no_closing(
+    server: RangeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, may_answer = threading.Event(), threading.Event()
+
+    def hanging(*arguments: object, **options: object) -> list[object]:
+        asked.set()
+        may_answer.wait(30)
+        return []
+
+    fetcher = Fetcher(ServedFolder(server.url))
+    monkeypatch.setattr("datastore.ranges.socket.getaddrinfo", hanging)
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit(fetched, fetcher, 0, 100)
+        assert asked.wait(10)
+        started = time.monotonic()
+        fetcher.close()
+        assert isinstance(read.exception(CLOSING_SECONDS), FetchFailed)
+        assert time.monotonic() - started < CLOSING_SECONDS
+    may_answer.set()
+
+
 # Local files
 
 
@@ -204,14 +295,6 @@ def test_what_is_no_file_is_an_error_at_once(tmp_path: Path, name: str, says: st
 
 
 # Through fsspec
-
-
-class PayloadError(Exception):
-    """Like aiohttp's and gcsfs', no OSError."""
-
-    def __init__(self, code: int | None = None) -> None:
-        super().__init__("the payload is not complete")
-        self.code = code
 
 
 class UnsignedFolder(ServedFolder):
