@@ -38,6 +38,10 @@ _CONFLICT, _PRECONDITION_FAILED, _INSUFFICIENT_STORAGE = 409, 412, 507  # of HTT
 _CREATE_ATTEMPTS: Final = 5
 _LARGEST_S3_PUT: Final = 5 * 2**30
 _LARGEST_COPY: Final = 100 * 2**20  # above it s3fs uploads in parts
+_DIRECT: Final = getattr(os, "O_DIRECT", 0)  # Linux
+_LEAST_DIRECT: Final = 2**24  # bytes
+_DIRECT_REQUEST: Final = 2**23  # bytes; a multiple of every block size
+_NOT_DIRECT: Final = (errno.EINVAL, errno.EOPNOTSUPP)
 _CREATING_IN_MEMORY: Final = threading.Lock()
 """fsspec's file system in memory looks and then writes: two threads could both find nothing."""
 
@@ -260,7 +264,10 @@ class ObjectFolder:
             path.parent.mkdir(parents=True, exist_ok=True)
             draft, descriptor = locked_draft(drafts)
             try:
-                write_whole(descriptor, content)
+                if isinstance(content, mmap.mmap):
+                    write_mapped(descriptor, content)
+                else:
+                    write_whole(descriptor, content)
                 # the commit record must not reach the disk before the shards that it vouches for
                 os.fsync(descriptor)
                 if not only_if_absent:
@@ -354,6 +361,28 @@ def write_whole(descriptor: int, content: bytes | memoryview | mmap.mmap) -> Non
     view = memoryview(content)
     while view:
         view = view[os.write(descriptor, view) :]
+
+
+def write_mapped(descriptor: int, content: mmap.mmap) -> None:
+    """Writes all of it, past the page cache where it is large and the file system can do that.
+
+    Whoever maps this memory trains on meanwhile: the copy into the cache would take processor time (0.3 to 1.2 s for
+    600 MB, against 0.03 s without it) and memory bandwidth from that, and the cache from what training reads.
+    """
+    view = memoryview(content)
+    written, aligned = 0, len(view) - len(view) % mmap.PAGESIZE
+    if _DIRECT and len(view) >= _LEAST_DIRECT:
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | _DIRECT)
+            while written < aligned and written % mmap.PAGESIZE == 0:  # a short write may end within a block
+                written += os.write(descriptor, view[written : min(written + _DIRECT_REQUEST, aligned)])
+        except OSError as error:
+            if error.errno not in _NOT_DIRECT:
+                raise
+        finally:
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
+    write_whole(descriptor, view[written:])
 
 
 def _sync_folder(path: Path) -> None:

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import mmap
 import os
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from botocore.exceptions import ClientError
 from s3fs import S3FileSystem
 from s3fs.errors import translate_boto_error
 
-from datastore.errors import AskedWrongly, StoreError, ViewpointError
+from datastore.errors import AskedWrongly, DoNotRetry, StoreError, ViewpointError
 from datastore.objects import DRAFTS_FOLDER, ObjectFolder, http_status
 from tests.s3_server import forget_clients
 
@@ -253,6 +254,53 @@ def test_an_upload_in_parts_that_was_interrupted_shows_nowhere(s3_bucket: str) -
     assert folder.names("shards") == ["whole"] and folder.size("shards/half") is None
     assert folder.read("shards/whole") == b"as it was"
     assert folder.create("shards/half", b"whole now")
+
+
+def _mapped(num_bytes: int) -> mmap.mmap:
+    content = mmap.mmap(-1, num_bytes)
+    content[:] = (bytes(range(251)) * (num_bytes // 251 + 1))[:num_bytes]
+    return content
+
+
+def test_large_mapped_memory_is_written_past_the_cache_and_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, write = _mapped(2**24 + 4097), os.write
+    requests: list[tuple[bool, int]] = []
+
+    def watched(descriptor: int, view: memoryview) -> int:
+        taken = write(descriptor, view)
+        requests.append((bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT), taken))
+        return taken
+
+    monkeypatch.setattr(os, "write", watched)
+    ObjectFolder(tmp_path).put("share", content)
+    assert (tmp_path / "share").read_bytes() == content[:]
+    is_direct = [direct for direct, _ in requests]
+    assert is_direct == sorted(is_direct, reverse=True), "what is no whole page comes last"
+    if is_direct[0]:  # a file system in memory has no other way than its cache
+        assert sum(taken for direct, taken in requests if direct) == 2**24 + 4096
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSPC])
+def test_a_file_system_that_cannot_do_without_its_cache_is_written_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    content, write = _mapped(2**24 + 5), os.write
+
+    def refusing(descriptor: int, view: memoryview) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(code, os.strerror(code))
+        return write(descriptor, view)
+
+    monkeypatch.setattr(os, "write", refusing)
+    if code == errno.ENOSPC:
+        with pytest.raises(DoNotRetry, match="No room"):
+            ObjectFolder(tmp_path).put("share", content)
+        assert not (tmp_path / "share").exists()
+    else:
+        ObjectFolder(tmp_path).put("share", content)
+        assert (tmp_path / "share").read_bytes() == content[:]
 
 
 @pytest.mark.s3
