@@ -259,7 +259,14 @@ class _SignedRanges:
                     raise Refused(f"the answer broke off after {filled:,} of {end - start:,} bytes", may_pass=True)
                 if response.status == http.client.OK:
                     connection.close()  # more bytes follow than were asked for
-        except (OSError, http.client.HTTPException) as error:
+        except ssl.SSLCertVerificationError as error:
+            connection.close()
+            raise Refused(
+                f"its server's certificate is not trusted ({error.verify_message}); AWS_CA_BUNDLE names a file of those "
+                f"that are",
+                may_pass=False,
+            ) from error
+        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: of a socket that was just ended
             connection.close()
             raise Refused(f"{type(error).__name__}: {error}", may_pass=True) from error
         except Refused:
@@ -363,17 +370,21 @@ class _Connection(http.client.HTTPConnection):
             raise refusal
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._certificates is not None:
-            self.sock = self._certificates.wrap_socket(
+            # while it is wrapped, there is no socket to wake
+            encrypted = self.sock = self._certificates.wrap_socket(
                 self.sock, server_hostname=self.host, do_handshake_on_connect=False
             )
-            self.sock.do_handshake()
+            if self._call.has_ended:
+                raise _given_up()
+            encrypted.do_handshake()
 
     def wake(self) -> None:
         """Ends a wait for the other side. Closing the socket would not."""
         sock = self.sock
         if sock is not None:
             with suppress(OSError):  # it has ended by itself
-                sock.shutdown(socket.SHUT_RDWR)
+                # not its own `shutdown`, which also takes TLS away from under the reader: ciphertext would be content
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def _response(connection: _Connection, url: SplitResult, start: int, end: int, call: Call) -> http.client.HTTPResponse:
@@ -384,7 +395,7 @@ def _response(connection: _Connection, url: SplitResult, start: int, end: int, c
     try:
         connection.request("GET", target, headers=headers)
         return connection.getresponse()
-    except (ConnectionError, http.client.BadStatusLine):
+    except (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError, http.client.BadStatusLine):
         if not was_kept or call.has_ended:
             raise
     connection.close()  # servers end connections that were idle for a while: that is no trouble

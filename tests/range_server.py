@@ -1,11 +1,14 @@
 """An HTTP server on loopback that sends ranges of CONTENT, by a script of what goes wrong."""
 
 import socket
+import ssl
 import struct
+import subprocess
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 from datastore.objects import ObjectFolder
 
@@ -18,9 +21,10 @@ Answer = Callable[["Handler", bytes], None]
 class RangeServer:
     """An HTTP server that sends ranges of CONTENT; `script` says how, by the request's number from 0."""
 
-    def __init__(self) -> None:
+    def __init__(self, certificate: Path | None = None) -> None:
         self.script: Callable[[int], Answer] = lambda number: right
         self.asked: list[tuple[int, int]] = []
+        self.connections: set[tuple[str, int]] = set()  # from which port of the client's
         self.under_way = 0
         self.most_under_way = 0
         self.broken_off = 0
@@ -29,9 +33,16 @@ class RangeServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.of = self  # type: ignore[attr-defined]
         self._server.daemon_threads = True
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            # each thread of the server shakes hands for itself: one that a client leaves must not hold up the others
+            self._server.socket = context.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.url = f"{'http' if certificate is None else 'https'}://127.0.0.1:{self._server.server_port}"
 
     def fails(self, count: int, answer: Answer) -> None:
         """The first so many requests are answered so, the others right."""
@@ -59,6 +70,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.of.lock:
             number = len(self.of.asked)
             self.of.asked.append((start, end))
+            self.of.connections.add(self.client_address)
             self.of.under_way += 1
             self.of.most_under_way = max(self.of.most_under_way, self.of.under_way)
         try:
@@ -135,3 +147,18 @@ class ServedFolder(ObjectFolder):
 
     def signed_url(self, name: str, seconds: int) -> str:
         return f"{self.url}/{name}?signature=1"
+
+
+def self_signed(folder: Path) -> Path:
+    """A certificate of 127.0.0.1's own, with its key, in one file."""
+    path = folder / "certificate.pem"
+    options = "req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -days 2 -subj /CN=viewpoint-tests"
+    subprocess.run(
+        ["openssl", *options.split(), "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", path, "-out", path],
+        check=True,
+        capture_output=True,
+    )
+    key_and_certificate = path.read_text()
+    assert "PRIVATE KEY" in key_and_certificate
+    assert "BEGIN CERTIFICATE" in key_and_certificate
+    return path

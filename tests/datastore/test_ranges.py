@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,10 +11,26 @@ from pathlib import Path
 
 import pytest
 
+from datastore.buffers import Buffers
 from datastore.errors import StoreError, ViewpointError
 from datastore.fetch import FetchConfig, Fetcher, FetchFailed
 from datastore.objects import ObjectFolder
-from tests.range_server import CONTENT, Handler, RangeServer, ServedFolder, right, status
+from datastore.ranges import Call, Refused, open_ranges
+from tests.range_server import (
+    CONTENT,
+    Answer,
+    Handler,
+    RangeServer,
+    ServedFolder,
+    broken_off,
+    hung,
+    hung_in_the_middle,
+    no_http,
+    reset,
+    right,
+    self_signed,
+    status,
+)
 
 PART = 10_000
 CLOSING_SECONDS = 2.0
@@ -251,6 +268,119 @@ def test_a_name_that_is_not_resolved_for_a_while_holds_up_no_closing(
         assert isinstance(read.exception(CLOSING_SECONDS), FetchFailed)
         assert time.monotonic() - started < CLOSING_SECONDS
     may_answer.set()
+
+
+# TLS, the only way to Amazon's S3
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return self_signed(tmp_path_factory.mktemp("certificate"))
+
+
+@pytest.fixture
+def secure(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
+    """A server behind TLS whose certificate is trusted."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+    started = RangeServer(certificate)
+    yield started
+    started.close()
+
+
+def test_ranges_come_through_tls_on_connections_that_are_kept(secure: RangeServer) -> None:
+    fetcher = Fetcher(ServedFolder(secure.url), FetchConfig(part_mib=PART / 2**20, requests_near=2, requests_far=2))
+    for _ in range(4):
+        assert fetched(fetcher, 5, 4 * PART) == CONTENT[5 : 4 * PART]
+    assert fetcher.retries == 0
+    assert len(secure.asked) == 16
+    fetcher.close()
+
+
+@pytest.mark.parametrize("answer", [broken_off, reset, status(503), no_http], ids=["off", "reset", "503", "no http"])
+def test_what_goes_wrong_for_a_while_behind_tls_is_tried_again(secure: RangeServer, answer: Answer) -> None:
+    secure.fails(2, answer)
+    fetcher = Fetcher(ServedFolder(secure.url))
+    assert fetched(fetcher, 100, 2000) == CONTENT[100:2000]
+    assert fetcher.retries == 2
+    fetcher.close()
+
+
+def test_a_connection_behind_tls_that_ended_while_idle_is_no_trouble(secure: RangeServer) -> None:
+    def last(handler: Handler, content: bytes) -> None:
+        right(handler, content)
+        handler.close_connection = True
+
+    secure.script = lambda number: last
+    fetcher = Fetcher(ServedFolder(secure.url), FetchConfig(requests_near=1, requests_far=1))
+    for _ in range(4):
+        assert fetched(fetcher, 0, 100) == CONTENT[:100]
+        time.sleep(0.02)
+    assert fetcher.retries == 0
+    fetcher.close()
+
+
+def test_a_certificate_that_is_not_trusted_is_an_error_at_once(
+    secure: RangeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_CA_BUNDLE")
+    fetcher = Fetcher(ServedFolder(secure.url))
+    with pytest.raises(FetchFailed, match=r"certificate is not trusted \(.*\); AWS_CA_BUNDLE names") as raised:
+        fetched(fetcher, 0, 100)
+    assert not raised.value.may_pass
+    fetcher.close()
+
+
+@pytest.mark.parametrize("answer", [hung, hung_in_the_middle], ids=["hung", "in the middle"])
+def test_closing_ends_what_is_under_way_behind_tls(secure: RangeServer, answer: Answer) -> None:
+    secure.script = lambda number: answer
+    fetcher = Fetcher(ServedFolder(secure.url), FetchConfig(part_mib=PART / 2**20))
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit(fetched, fetcher, 0, 8 * PART)
+        wait_until(lambda: len(secure.asked) == 8)
+        started = time.monotonic()
+        fetcher.close()
+        assert isinstance(read.exception(CLOSING_SECONDS), FetchFailed)
+        assert time.monotonic() - started < CLOSING_SECONDS
+
+
+def test_closing_ends_a_handshake_that_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        fetcher = Fetcher(ServedFolder(f"https://127.0.0.1:{silent.getsockname()[1]}"))
+        with ThreadPoolExecutor(1) as reader:
+            read = reader.submit(fetched, fetcher, 0, 100)
+            connection, _ = silent.accept()
+            with connection:
+                connection.recv(1)
+                started = time.monotonic()
+                fetcher.close()
+                assert isinstance(read.exception(CLOSING_SECONDS), FetchFailed)
+                assert time.monotonic() - started < CLOSING_SECONDS
+
+
+def test_a_read_that_is_ended_in_the_middle_takes_no_ciphertext_for_content(
+    secure: RangeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, whole = Call(), len(CONTENT)
+    ranges = open_ranges(ServedFolder(secure.url), 5.0, Buffers(2**20))
+
+    def end_after_the_head(*head: object) -> None:
+        wait_until(lambda: secure.under_way == 0)  # all of the answer is in this side's memory
+        call.end()
+
+    monkeypatch.setattr("datastore.ranges._refuse_another_range", end_after_the_head)
+    try:
+        content, _ = ranges.read("shard", 0, whole, call)
+    except Refused:
+        pass
+    else:
+        assert bytes(content) == CONTENT
+    monkeypatch.undo()
+    content, _ = ranges.read("shard", 0, whole, Call())
+    assert bytes(content) == CONTENT
+    assert len(secure.connections) == 2, "the one that was ended is not used again"
+    ranges.close()
 
 
 # Local files
