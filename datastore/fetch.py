@@ -36,6 +36,7 @@ _NEAR_SECONDS: Final = 0.005  # to the first byte: a server on this machine or b
 _REMEMBERED: Final = 64
 _KEEP_BYTES: Final = 256 * 2**20
 _CLOSED_POLL_SECONDS: Final = 0.2
+_JITTER: Final = random.SystemRandom()  # not the run's own, whose seed is the same in all processes
 
 
 class FetchConfig(BaseModel, extra="forbid", frozen=True):
@@ -358,7 +359,7 @@ class _Trouble:
             raise FetchFailed(f"{problem}; {tried}", may_pass=True)
         # twice as long each time, and never the same for two processes that met the same trouble
         longest = min(_LONGEST_PAUSE_SECONDS, 0.05 * 2**self._attempts)
-        own_seconds = random.uniform(longest / 2, longest)
+        own_seconds = _JITTER.uniform(longest / 2, longest)
         # parts are looked at one after the other: that a later one was refused, too, may be known for a while
         return min(left_seconds, max(0.0, happened + asked_seconds + own_seconds - now))
 

@@ -254,6 +254,21 @@ def test_parts_that_are_refused_together_wait_together(server: RangeServer, fetc
     assert 1 <= time.monotonic() - started < 4
 
 
+def test_pauses_follow_from_no_seed_and_leave_the_run_s_own_draws_alone(
+    server: RangeServer, fetcher_of: FetcherOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    for _ in range(2):
+        server.asked.clear()
+        server.fails(3, status(503))
+        fetcher = fetcher_of()
+        monkeypatch.setattr(fetcher, "_pause", pauses.append)
+        random.seed(0)
+        assert fetched(fetcher, 0, 100) == CONTENT[:100]
+        assert random.random() == random.Random(0).random()
+    assert len(set(pauses)) == 6
+
+
 # Slow requests
 
 
