@@ -135,8 +135,10 @@ def pretrain(
         saved_at, figures = time.monotonic(), Means()
         account.enter("data_wait")
         steps = stream.steps(total_steps - position.step)
-        coming = next_batches(steps)
-        if world.any(isinstance(coming, Exception)):
+        with HEART.waiting_for_data(config.data_wait_seconds):
+            coming = next_batches(steps)
+            is_unreadable = world.any(isinstance(coming, Exception))
+        if is_unreadable:
             raise_unreadable(coming, world)
         while coming is not None:
             assert isinstance(coming, list), "ranks that cannot read raise together"
@@ -150,24 +152,26 @@ def pretrain(
             position = position.advanced(config.global_batch)
             saver.prepare()
 
-            account.enter("data_wait")
-            coming = next_batches(steps)  # before the ranks agree: they save first where it cannot be read
-            account.enter("other")
-            report.saved(saver.poll())
-            is_due = world.is_first and due(
-                config.checkpoint,
-                position.step,
-                time.monotonic() - saved_at,
-                stall_seconds=saver.stall_seconds,
-                in_flight=saver.in_flight is not None,
-            )
-            agreed = agree(
-                terms,
-                stop=stop.is_set(),
-                save=is_due,
-                unreadable=isinstance(coming, Exception),
-                save_failed=saver.has_failed,
-            )
+            # until the ranks agree: each of them waits there for the data of the slowest
+            with HEART.waiting_for_data(config.data_wait_seconds):
+                account.enter("data_wait")
+                coming = next_batches(steps)  # before the ranks agree: they save first where it cannot be read
+                account.enter("other")
+                report.saved(saver.poll())
+                is_due = world.is_first and due(
+                    config.checkpoint,
+                    position.step,
+                    time.monotonic() - saved_at,
+                    stall_seconds=saver.stall_seconds,
+                    in_flight=saver.in_flight is not None,
+                )
+                agreed = agree(
+                    terms,
+                    stop=stop.is_set(),
+                    save=is_due,
+                    unreadable=isinstance(coming, Exception),
+                    save_failed=saver.has_failed,
+                )
             if agreed.save_failed:
                 saver.raise_failure()
             if not agreed.is_finite or not engine.has_finite_gradient:

@@ -4,6 +4,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,22 @@ def test_who_waits_for_data_says_so_again_and_again_for_as_long_as_that_may_take
         said_within(0.2)
         assert len(said_within(0.2)) == 1, "its time is over: the watchdog may count"
     assert said_within(0.1) == [before], "the time of a step is that between two of these"
+
+
+def test_training_waits_for_data_with_a_word_for_its_watchdog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budgets: list[float] = []
+
+    @contextmanager
+    def waiting(heart: Heart, seconds: float) -> Iterator[None]:
+        budgets.append(seconds)
+        yield
+
+    monkeypatch.setattr(Heart, "start", lambda heart: None)
+    monkeypatch.setattr(Heart, "waiting_for_data", waiting)
+    fetch = {"retry_seconds": 50.0, "timeout_seconds": 5.0}
+    data = {"store_url": write_corpus(f"{tmp_path}/shapes.zarr").url, "num_points": 16, "fetch": fetch}
+    train(tiny_config("", steps=3, data=data), f"{tmp_path}/run")
+    assert budgets == [60.0] * 4, "before the first step, and with the others after each"
 
 
 def test_training_says_each_phase_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
