@@ -4,7 +4,10 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
@@ -17,7 +20,7 @@ from trainer.runfolder import RunFolder
 
 _NOTE: Final = "launcher.json"
 _REFRESH_SECONDS: Final = 5.0
-_STALE_SECONDS: Final = 30.0  # of a launcher on another machine, whose process cannot be seen from here
+STALE_SECONDS: Final = 30.0  # of a launcher whose process cannot be seen from here
 
 
 class HeldError(ViewpointError):
@@ -33,11 +36,12 @@ class Holder:
     host: str
     time: float
     step: str
+    machine: str = ""  # whose process numbers are meant
 
     def is_alive(self) -> bool:
         """Whether it still works on the run."""
-        if self.host != socket.gethostname():
-            return time.time() - self.time < _STALE_SECONDS
+        if self.machine != this_machine():
+            return time.time() - self.time < STALE_SECONDS
         try:
             return bool(abs(psutil.Process(self.pid).create_time() - self.process_started) < 1)
         except psutil.NoSuchProcess:
@@ -45,6 +49,16 @@ class Holder:
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, at step {self.step!r}"
+
+
+@cache
+def this_machine() -> str:
+    """What has process numbers of its own: two containers may have one name, and a machine has another life after a boot."""
+    known = [socket.gethostname()]
+    with suppress(OSError):  # no Linux
+        known.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        known.append(str(Path("/proc/self/ns/pid").readlink()))
+    return " ".join(known)
 
 
 def holder_of(run: RunFolder) -> Holder | None:
@@ -82,7 +96,9 @@ class Presence:
             if other is not None:
                 raise HeldError(
                     f"{self._run.url} is being worked on by another launcher ({other}). Watch it with `viewpoint status "
-                    f"{self._run.url}`, stop it with `viewpoint cancel {self._run.url}`. {self._advice}"
+                    f"{self._run.url}`. To take it over, stop it with `viewpoint cancel {self._run.url}` and repeat this "
+                    f"command; of a machine that is gone, {STALE_SECONDS:.0f} s after its last sign of life, which was "
+                    f"{max(0.0, time.time() - other.time):.0f} s ago. {self._advice}"
                 )
             self._write()  # over the note of a launcher that was killed
         return self
@@ -97,4 +113,6 @@ class Presence:
 
     def _note(self) -> str:
         started = psutil.Process().create_time()
-        return json.dumps(asdict(Holder(os.getpid(), started, socket.gethostname(), time.time(), self.step)))
+        return json.dumps(
+            asdict(Holder(os.getpid(), started, socket.gethostname(), time.time(), self.step, this_machine()))
+        )

@@ -5,13 +5,22 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from datastore.errors import EXIT_ASKED_WRONGLY, EXIT_DO_NOT_RETRY, EXIT_DONE, EXIT_STOPPED, MissingField
+from datastore.errors import (
+    EXIT_ASKED_WRONGLY,
+    EXIT_DO_NOT_RETRY,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    MissingField,
+)
 from datastore.layout import open_store
 from launcher.__main__ import main
 from launcher.command import Layout
@@ -19,6 +28,7 @@ from launcher.driver import hold, logs_folder, resolve
 from launcher.events import describe_event
 from launcher.facts import FEATURES_CACHED, find_features, observe
 from launcher.plan import Facts, Goal, Prerequisite
+from launcher.presence import Holder
 from launcher.spec import LaunchSpec
 from tests.runs import tiny_config, write_corpus
 from tests.stores import write_small_store
@@ -93,6 +103,21 @@ def test_two_launches_begun_in_the_same_moment_take_two_numbers(here: Path) -> N
         taken = [hold(*found, spec, held)[1].folder.name for found, spec in zip(resolved, (first, second), strict=True)]
         assert taken == ["pointmcd-1", "pointmcd-2"]
         assert (here / "runs/pointmcd-1/config.yaml").exists()
+
+
+def test_a_second_launch_of_a_live_run_says_so_before_it_starts_anything(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = write_corpus("shapes.zarr")
+    words = ["launch", recipe_file(here, store.url), "--data", store.url, "--run", "live"]
+    holder = Holder(1, 0.0, "elsewhere", time.time(), "pretrain", machine="another one")
+    RunFolder("runs/live").write_text("launcher.json", json.dumps(asdict(holder)))
+    assert main(words) == EXIT_FAILED
+    said = capsys.readouterr().err
+    assert "is being worked on by another launcher (process 1 on elsewhere, at step 'pretrain')" in said
+    assert "To take it over, stop it with `viewpoint cancel runs/live`" in said
+    begun = {"config.yaml", "events.jsonl", "logs"} & {path.name for path in Path("runs/live").iterdir()}
+    assert not begun
 
 
 def test_what_is_complete_is_seen_where_it_lies(here: Path) -> None:

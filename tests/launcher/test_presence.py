@@ -12,13 +12,14 @@ import psutil
 import pytest
 
 from datastore.errors import ViewpointError
-from launcher.presence import Presence, holder_of
+from launcher.presence import Presence, holder_of, this_machine
 from trainer.runfolder import RunFolder
 
 
-def note(pid: int, *, started: float, host: str | None = None, age: float = 0.0) -> str:
+def note(pid: int, *, started: float, host: str | None = None, age: float = 0.0, machine: str | None = None) -> str:
     facts = {"pid": pid, "process_started": started, "host": host or socket.gethostname(), "time": time.time() - age}
-    return json.dumps({**facts, "step": "pretrain"})
+    where = machine or (this_machine() if host is None else host)
+    return json.dumps({**facts, "step": "pretrain", "machine": where})
 
 
 def test_who_works_on_a_run_can_be_seen_while_it_does(tmp_path: Path) -> None:
@@ -36,9 +37,10 @@ def test_a_run_that_another_launcher_works_on_is_refused(tmp_path: Path) -> None
     run = RunFolder(str(tmp_path))
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         run.write_text("launcher.json", note(other.pid, started=psutil.Process(other.pid).create_time()))
-        with pytest.raises(ViewpointError, match="another launcher"), Presence(run):
+        with pytest.raises(ViewpointError, match="another launcher") as refused, Presence(run):
             pass
         other.kill()
+    assert f"To take it over, stop it with `viewpoint cancel {run.url}` and repeat this command" in str(refused.value)
 
 
 def test_a_note_that_a_killed_launcher_left_stops_nobody(tmp_path: Path) -> None:
@@ -72,3 +74,11 @@ def test_a_note_that_cannot_be_refreshed_now_is_refreshed_later(
         after = holder_of(run)
         assert before is not None and after is not None
         assert after.time > before.time
+
+
+def test_a_launcher_in_another_container_of_the_same_name_is_no_process_of_this_one(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path))
+    run.write_text("launcher.json", note(1, started=0.0, machine="another pid namespace", age=10))
+    assert holder_of(run) is not None, "that number is another process here, and says nothing"
+    run.write_text("launcher.json", note(1, started=0.0, machine="another pid namespace", age=60))
+    assert holder_of(run) is None
