@@ -43,6 +43,7 @@ BUILT_IN = (
     Kind("", "v1", "Event", "events", short=("ev",), has_status=False),
     Kind("", "v1", "PersistentVolumeClaim", "persistentvolumeclaims", short=("pvc",)),
     Kind("batch", "v1", "Job", "jobs", categories=("all",)),
+    Kind("policy", "v1", "PodDisruptionBudget", "poddisruptionbudgets", short=("pdb",)),  # kept, and not heeded
     Kind("networking.k8s.io", "v1", "NetworkPolicy", "networkpolicies", short=("netpol",), has_status=False),
 )
 

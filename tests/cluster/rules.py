@@ -7,12 +7,10 @@ import json
 import re
 from typing import Any
 
-from jsonschema.exceptions import ValidationError
-
 from tests.cluster.defaults import is_name
 from tests.cluster.kinds import Kind
 from tests.cluster.refusals import Document, Refused, bad_request, cause, invalid
-from tests.k8s.schemas import problems
+from tests.k8s.schemas import Problem, problems
 
 _LABEL_VALUE = re.compile(r"(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?")
 _LABEL_NAME = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?")
@@ -22,24 +20,25 @@ _SUBDOMAIN = (
 )
 _IMMUTABLE = "field is immutable"
 
+Way = tuple[str | int, ...]
 
-def unknown_fields(document: Document, version: str) -> list[str]:
-    """Paths of the fields that the kind does not have."""
+
+def unknown_fields(document: Document, version: str) -> list[Way]:
+    """Where the fields are that the kind does not have."""
     return [
-        path_of([*problem.absolute_path, name])
+        (*problem.absolute_path, name)
         for problem in problems(document, version)
         if problem.validator == "additionalProperties"
         for name in sorted(problem.instance.keys() - problem.schema.get("properties", {}).keys())
     ]
 
 
-def without(document: Document, paths: list[str]) -> None:
-    """Removes fields by the paths that `unknown_fields` returned."""
-    for path in paths:
+def remove_fields(document: Document, ways: list[Way]) -> None:
+    """Removes fields in place."""
+    for *way, last in ways:
         here: Any = document
-        *way, last = re.findall(r"[^.\[\]]+", path)
-        for name in way:
-            here = here[int(name)] if isinstance(here, list) else here[name]
+        for step in way:
+            here = here[step]
         del here[last]
 
 
@@ -54,18 +53,17 @@ def check_schema(document: Document, kind: Kind, version: str) -> None:
                 f"{_wanted(problem)}"
             )
         if problem.validator == "additionalProperties":
-            (names,) = [sorted(problem.instance.keys() - problem.schema.get("properties", {}).keys())]
-            listed = ", ".join(f'unknown field "{path_of([*problem.absolute_path, name])}"' for name in names)
-            raise strict_error(kind, listed)
+            raise strict_error(kind, unknown_fields(document, version))
         causes.append(_cause_of(problem))
     if causes:
         raise invalid(kind.name, kind.group, document.get("metadata", {}).get("name", ""), causes)
 
 
-def strict_error(kind: Kind, what: str) -> Refused:
+def strict_error(kind: Kind, ways: list[Way]) -> Refused:
     """The refusal of unknown fields."""
+    listed = ", ".join(f'unknown field "{path_of(way)}"' for way in ways)
     return bad_request(
-        f'{kind.name} in version "{kind.version}" cannot be handled as a {kind.name}: strict decoding error: {what}'
+        f'{kind.name} in version "{kind.version}" cannot be handled as a {kind.name}: strict decoding error: {listed}'
     )
 
 
@@ -74,7 +72,7 @@ def check_rules(document: Document, kind: Kind) -> None:
     causes = _metadata_causes(document)
     if not kind.custom:
         rules = {"Pod": _pod_causes, "Job": _job_causes, "Service": _service_causes, "ConfigMap": _config_causes}
-        causes += rules.get(kind.name, lambda _: [])(document)
+        causes += rules[kind.name](document) if kind.name in rules else []
     if causes:
         raise invalid(kind.name, kind.group, document["metadata"].get("name", ""), causes)
 
@@ -340,7 +338,7 @@ def _unsupported(path: str, value: Any, *known: str) -> Document:
     return cause(path, f"Unsupported value: {_shown(value)}: supported values: {listed}", "FieldValueNotSupported")
 
 
-def _cause_of(problem: ValidationError) -> Document:
+def _cause_of(problem: Problem) -> Document:
     path = path_of(problem.absolute_path)
     if problem.validator == "required":
         name = re.match(r"'(.*?)' is a required", problem.message)
@@ -355,17 +353,17 @@ def _cause_of(problem: ValidationError) -> Document:
     )
 
 
-def _said(problem: ValidationError) -> str:
+def _said(problem: Problem) -> str:
     if problem.validator == "type":
         return f'must be of type {_wanted(problem)}: "{_type_of(problem.instance)}"'
     return f"must satisfy {problem.validator} {problem.validator_value}"
 
 
-def _reason_of(problem: ValidationError) -> str:
+def _reason_of(problem: Problem) -> str:
     return "FieldValueTypeInvalid" if problem.validator == "type" else "FieldValueInvalid"
 
 
-def _wanted(problem: ValidationError) -> str:
+def _wanted(problem: Problem) -> str:
     wanted = problem.validator_value
     if not isinstance(wanted, list):
         return str(wanted)

@@ -31,6 +31,7 @@ _LETTERS = "bcdfghjklmnpqrstvwxz2456789"  # of generated names: no word comes of
 _ENDED = ("Succeeded", "Failed")
 
 Documents = list[Document]  # `list` is a method below
+Signature = Callable[[Document | None, Document], None]
 Key = tuple[str, str | None, str]
 
 
@@ -70,17 +71,20 @@ class State:
         except KeyError:
             raise bad_request(f'no kind "{name}" is served') from None
 
-    def create(self, document: Document, *, dry_run: bool = False) -> Document:
-        """Stores a new object, and returns it as stored: named, defaulted, checked. `dry_run`: as it would be."""
+    def create(self, document: Document, *, dry_run: bool = False, sign: Signature | None = None) -> Document:
+        """Stores a new object, and returns it as stored: named, defaulted, checked. `dry_run`: as it would be.
+
+        `sign`, here and below, notes who changed which fields: it is given the object before and after, and may edit the latter.
+        """
         kind = self._kind_of(document)
         made = _without_nulls(document)
         metadata = made.setdefault("metadata", {})
+        check_schema(made, kind, self.version)
         with self._changed:
             if not metadata.get("name") and metadata.get("generateName"):
                 metadata["name"] = metadata["generateName"] + "".join(self._random.choices(_LETTERS, k=5))
             self._place(made, kind)
             made.pop("status", None)
-            check_schema(made, kind, self.version)
             fill_defaults(made, kind, self.version)
             check_rules(made, kind)
             if kind.name == "Pod":
@@ -96,7 +100,9 @@ class State:
             }
             if kind.has_status:
                 metadata["generation"] = 1
-            fill_of_new(made, kind)
+            if sign is not None:
+                sign(None, made)
+            fill_of_new(made, kind)  # which nobody has set, so that server-side apply leaves it alone
             check_schema(made, kind, self.version)
             if dry_run:
                 return copy.deepcopy(made)
@@ -129,22 +135,33 @@ class State:
             found = [self._objects[key] for key in sorted(self._of_kind(kind), key=lambda key: (key[1] or "", key[2]))]
             return [copy.deepcopy(each) for each in found if matches(each)]
 
-    def update(self, document: Document, *, dry_run: bool = False) -> Document:
+    def update(self, document: Document, *, dry_run: bool = False, sign: Signature | None = None) -> Document:
         """Replaces an object, but for its status; Refused (409) where the resourceVersion in it is not the newest."""
-        return self._replace(document, status=False, dry_run=dry_run)
+        return self._replace(document, status=False, dry_run=dry_run, sign=sign)
 
-    def update_status(self, document: Document, *, dry_run: bool = False) -> Document:
+    def update_status(self, document: Document, *, dry_run: bool = False, sign: Signature | None = None) -> Document:
         """Replaces an object's status, and nothing else."""
-        return self._replace(document, status=True, dry_run=dry_run)
+        return self._replace(document, status=True, dry_run=dry_run, sign=sign)
 
     def change(
-        self, kind: str, namespace: str | None, name: str, edit: Callable[[Document], None], *, status: bool = False
+        self,
+        kind: str,
+        namespace: str | None,
+        name: str,
+        edit: Callable[[Document], Document | None],
+        *,
+        status: bool = False,
+        dry_run: bool = False,
+        sign: Signature | None = None,
     ) -> Document:
-        """Reads, edits in place and writes in one go, so that nobody's change comes between; `status`: writes that alone."""
+        """Reads, edits and writes in one go, so that nobody's change comes between; `status`: writes that alone.
+
+        `edit` edits in place, or returns another object.
+        """
         with self._changed:
             document = self.get(kind, namespace, name)
-            edit(document)
-            return self._replace(document, status=status)
+            edited = edit(document)
+            return self._replace(document if edited is None else edited, status=status, dry_run=dry_run, sign=sign)
 
     def delete(
         self,
@@ -179,9 +196,11 @@ class State:
             grace = self._grace(document, grace_seconds)
             if grace > 0 and not ("deletionTimestamp" in metadata and metadata["deletionGracePeriodSeconds"] <= grace):
                 metadata |= {"deletionTimestamp": now(grace), "deletionGracePeriodSeconds": grace}
-            elif grace == 0 and metadata.get("finalizers"):
+            elif grace == 0 and (metadata.get("finalizers") or kind == "Namespace"):
                 metadata.setdefault("deletionTimestamp", now())
                 metadata["deletionGracePeriodSeconds"] = 0
+            if kind == "Namespace":
+                document["status"]["phase"] = "Terminating"
             if document != found:
                 document = self._put("MODIFIED", served, document)
             if FOREGROUND in metadata.get("finalizers", ()):
@@ -191,6 +210,8 @@ class State:
                             owned["kind"], _namespace(owned), owned["metadata"]["name"], propagation="Foreground"
                         )
                 self._release(metadata["uid"])
+            elif kind == "Namespace":
+                self._empty(name)
             elif grace == 0 and not metadata.get("finalizers"):
                 self._drop(document)
             return document
@@ -226,13 +247,18 @@ class State:
     def record(
         self, about: Document, reason: str, message: str, *, type: str = "Normal", component: str = "double"
     ) -> None:
-        """Writes an event about an object, as `kubectl describe` and `kubectl get events` show it; repetitions are counted."""
+        """Writes an event about an object, as `kubectl describe` and `kubectl get events` show it; repetitions are counted.
+
+        Where the namespace goes away, nobody is left to read it, and none is written.
+        """
         metadata = about["metadata"]
         involved = {"apiVersion": about["apiVersion"], "kind": about["kind"], "name": metadata["name"]}
         involved |= {"uid": metadata["uid"], "resourceVersion": metadata["resourceVersion"]}
         involved |= {"namespace": metadata["namespace"]} if "namespace" in metadata else {}
         namespace = metadata.get("namespace", "default")
         with self._changed:
+            if ("Namespace", None, namespace) not in self._objects or self._is_ending(namespace):
+                return
             for event in self.list("Event", namespace, fields=f"involvedObject.uid={metadata['uid']},reason={reason}"):
                 if event["message"] == message:
                     self.update(event | {"count": event["count"] + 1, "lastTimestamp": now()})
@@ -255,10 +281,9 @@ class State:
             metadata.pop("namespace", None)
             return
         namespace = metadata.setdefault("namespace", "default")
-        there = self._objects.get(("Namespace", None, namespace))
-        if there is None:
+        if ("Namespace", None, namespace) not in self._objects:
             raise not_found("namespaces", namespace)
-        if "deletionTimestamp" in there["metadata"]:
+        if self._is_ending(namespace):
             raise forbidden(
                 kind.resource,
                 metadata.get("name", ""),
@@ -284,9 +309,12 @@ class State:
     def _of_kind(self, kind: str) -> Iterator[Key]:
         return (key for key in self._objects if key[0] == kind)
 
-    def _replace(self, document: Document, *, status: bool, dry_run: bool = False) -> Document:
+    def _replace(
+        self, document: Document, *, status: bool, dry_run: bool = False, sign: Signature | None = None
+    ) -> Document:
         kind = self._kind_of(document)
         given = _without_nulls(document)
+        check_schema(given, kind, self.version)
         metadata = given["metadata"]
         with self._changed:
             before = self._there(kind.name, metadata.get("namespace"), metadata["name"])
@@ -301,6 +329,8 @@ class State:
                     after["metadata"]["managedFields"] = metadata["managedFields"]
             else:
                 after = self._changed_to(before, given, kind)
+            if sign is not None:
+                sign(before, after)
             check_schema(after, kind, self.version)
             if after == before or dry_run:
                 return copy.deepcopy(after)
@@ -338,7 +368,6 @@ class State:
             for name in ("clusterIP", "clusterIPs"):
                 if name in before["spec"]:
                     given.get("spec", {}).setdefault(name, before["spec"][name])
-        check_schema(given, kind, self.version)
         fill_defaults(given, kind, self.version)
         if kind.name == "Job" and "manualSelector" not in before["spec"]:
             given["spec"].pop("manualSelector", None)
@@ -362,22 +391,33 @@ class State:
 
     def _drop(self, document: Document) -> None:
         """Removes an object, and what belongs to it."""
-        kind, name = self.kind(document["kind"]), document["metadata"]["name"]
+        kind = self.kind(document["kind"])
         last = copy.deepcopy(self._objects.pop(_key(kind, document)))
         last["metadata"]["resourceVersion"] = str(len(self._history) + 1)
         self._history.append(Event("DELETED", last, last))
         self._changed.notify_all()
-        if kind.name == "Namespace":
-            for key in [key for key in self._objects if key[1] == name]:
-                if key in self._objects:
-                    self.delete(key[0], key[1], key[2])
-            return
         uid = document["metadata"]["uid"]
         for owned in self._owned(uid):
             if not any(self._has_uid(each["uid"]) for each in owned["metadata"]["ownerReferences"]):
                 self.delete(owned["kind"], _namespace(owned), owned["metadata"]["name"])
         for owner in document["metadata"].get("ownerReferences", ()):
             self._release(owner["uid"])
+        if self._is_ending(_namespace(document)):
+            self._empty(_namespace(document))
+
+    def _is_ending(self, namespace: str | None) -> bool:
+        """Whether that namespace is being deleted."""
+        there = self._objects.get(("Namespace", None, namespace or ""))
+        return there is not None and "deletionTimestamp" in there["metadata"]
+
+    def _empty(self, namespace: str | None) -> None:
+        """Deletes what is in a namespace, and then the namespace."""
+        for key in [key for key in self._objects if key[1] == namespace]:
+            if key in self._objects and "deletionTimestamp" not in self._objects[key]["metadata"]:
+                self.delete(*key)
+        there = self._objects.get(("Namespace", None, namespace or ""))
+        if there is not None and not any(key[1] == namespace for key in self._objects):
+            self._drop(there)
 
     def _release(self, uid: str) -> None:
         """Lets an owner go that waited for what it owns."""

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jsonschema
 import yaml
 from kubernetes_validate.utils import all_versions, major_minor, schema_contents
 
 Document = dict[str, Any]
+Problem: TypeAlias = jsonschema.exceptions.ValidationError
 
 CRDS = Path(__file__).parent.parent / "crds"
 VERSIONS = tuple(version for version in map(major_minor, all_versions()) if int(version.partition(".")[2]) >= 29)
@@ -30,9 +31,9 @@ def refusal(document: Document, version: str = NEWEST) -> str | None:
     return None if problem is None else f"{'.'.join(map(str, problem.absolute_path))}: {problem.message}"
 
 
-def problems(document: Document, version: str = NEWEST) -> Iterator[jsonschema.exceptions.ValidationError]:
+def problems(document: Document, version: str = NEWEST) -> Iterator[Problem]:
     """Everything that is wrong with a manifest."""
-    return _validator(document["apiVersion"], document["kind"], version).iter_errors(document)
+    yield from _validator(document["apiVersion"], document["kind"], version).iter_errors(document)
 
 
 def is_namespaced(document: Document) -> bool:
