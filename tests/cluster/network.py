@@ -107,6 +107,7 @@ class Door:
     def __init__(self, address: str, port: int) -> None:
         self._port = port
         self._loop = asyncio.new_event_loop()
+        self._tasks: set[asyncio.Task[None] | None] = set()  # asyncio itself would let them be collected
         self._server = self._loop.run_until_complete(asyncio.start_server(self._serve, address, port))
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"door-{port}", daemon=True)
         self._thread.start()
@@ -127,6 +128,7 @@ class Door:
         await asyncio.gather(*others, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._tasks.add(asyncio.current_task())
         with suppress(OSError, asyncio.CancelledError):  # one of the two has gone, or the double goes
             inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", self._port)
             try:
@@ -134,6 +136,7 @@ class Door:
             finally:
                 inner_writer.close()
         writer.close()
+        self._tasks.discard(asyncio.current_task())
 
 
 async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
