@@ -8,6 +8,7 @@ match their checksum are fetched again. What cannot be had ends in one error tha
 be kept on this machine's disk (`disk_cache.py`), and is taken from there the next time.
 """
 
+import hashlib
 import random
 import statistics
 import threading
@@ -28,7 +29,6 @@ from datastore.ranges import Call, Missing, Refused, open_ranges
 
 Problem = Callable[[memoryview], str | None]
 """What is wrong with fetched bytes, in words; None where nothing is."""
-Content = memoryview
 
 _TIMES_SETTLED: Final = 2  # a machine on the way, too, can hold a damaged copy; another one is asked the next time
 _LONGEST_PAUSE_SECONDS: Final = 5.0
@@ -80,7 +80,7 @@ class Fetcher:
         self.cache_hits = 0
         self._url = folder.url
         self._config = config or FetchConfig()
-        self._ranges = open_ranges(folder, self._config.timeout_seconds, self.buffers)
+        self._ranges = open_ranges(folder, self._config.timeout_seconds)
         self._cache = None if self.is_local else cache
         self._counting = threading.Lock()
         self._closed = threading.Event()
@@ -104,7 +104,7 @@ class Fetcher:
         found = self._cache.get(key)
         if found is not None:
             content = memoryview(found)
-            if (_length_problem(content, start, end) or problem_of(content)) is None:
+            if (_length_problem(len(content), start, end) or problem_of(content)) is None:
                 with self._counting:
                     self.cache_hits += 1
                 return content
@@ -117,9 +117,9 @@ class Fetcher:
         """Whether there is such an object now, asked once. FetchFailed where there is no answer."""
         try:
             if self.is_local:
-                self._ranges.read(name, 0, 1, Call())
+                self._ranges.read(name, 0, Call(), memoryview(bytearray(1)))
             else:
-                self._first_answer(self._ask(name, 0, 1))
+                self._first_answer(self._ask(name, 0, memoryview(bytearray(1))))
         except Missing:
             return False
         except Refused as error:
@@ -146,63 +146,55 @@ class Fetcher:
         same, and once more all of them did, the object itself is damaged.
         """
         part_bytes = end - start if self.is_local else max(1, int(self._config.part_mib * 2**20))
-        bounds = [(at, min(at + part_bytes, end)) for at in range(start, end, part_bytes)]
+        whole = self.buffers.empty((end - start,), np.uint8).data  # parts are read into their places
+        parts = [_Part(start + at, whole[at : at + part_bytes]) for at in range(0, end - start, part_bytes)]
         trouble = _Trouble(self._config.retry_seconds)
-        earlier: dict[tuple[int, int], list[Content]] = {bound: [] for bound in bounds}
-        settled: dict[tuple[int, int], Content] = {}
         times_settled = 0
         while True:
-            asked = [bound for bound in bounds if bound not in settled]
-            came = dict(zip(asked, self._read_parts(name, asked), strict=True)) | settled
-            content = came[bounds[0]] if len(bounds) == 1 else self._joined([came[bound] for bound in bounds])
-            problem = _length_problem(content, start, end) or problem_of(content)
+            asked = [part for part in parts if not part.is_settled]
+            self._read_parts(name, asked)
+            problem = _length_problem(sum(part.num_bytes for part in parts), start, end) or problem_of(whole)
             if problem is None:
-                return content
-            settled |= {bound: came[bound] for bound in asked if came[bound] in earlier[bound]}
-            for bound in asked:
-                earlier[bound].append(came[bound])
-            if len(settled) == len(bounds):
+                return whole
+            for part in asked:
+                part.came_damaged()
+            if all(part.is_settled for part in parts):
                 times_settled += 1
                 if times_settled == _TIMES_SETTLED:
                     raise FetchFailed(f"it is damaged: {problem}, and comes like this each time", may_pass=False)
-                settled, earlier = {}, {bound: [] for bound in bounds}
+                for part in parts:
+                    part.forget()
             self._pause(trouble.came_damaged(problem))
 
-    def _joined(self, parts: list[Content]) -> Content:
-        """One after the other, in memory that is used again."""
-        whole = self.buffers.empty((sum(map(len, parts)),), np.uint8).data
-        at = 0
-        for part in parts:
-            whole[at : at + len(part)] = part
-            at += len(part)
-        return whole
-
-    def _read_parts(self, name: str, bounds: list[tuple[int, int]]) -> list[Content]:
-        """Some parts of an object, whether right or not."""
+    def _read_parts(self, name: str, parts: "list[_Part]") -> None:
+        """Fills some parts of a range, whether rightly or not."""
         if self.is_local:
-            return [self._read(name, *bound) for bound in bounds]
-        requests = [self._ask(name, *bound) for bound in bounds]
+            for part in parts:
+                part.num_bytes = self._read(name, part)
+            return
+        requests = [self._ask(name, part.start, part.target) for part in parts]
         try:
-            return [self._part(request) for request in requests]
+            for part, request in zip(parts, requests, strict=True):
+                part.num_bytes = self._part(request)
         except BaseException:
             for request in requests:
                 request.call.end()
             raise
 
-    def _read(self, name: str, start: int, end: int) -> Content:
-        """A part that lies on this machine's disk."""
+    def _read(self, name: str, part: "_Part") -> int:
+        """Fills a part that lies on this machine's disk."""
         trouble = _Trouble(self._config.retry_seconds)
         while True:
             try:
-                content, _ = self._ranges.read(name, start, end, Call())
+                num_bytes, _ = self._ranges.read(name, part.start, Call(), part.target)
             except Refused as error:
                 self._pause(trouble.was_refused(error))
                 continue
             with self._counting:
-                self.bytes_fetched += len(content)
-            return content
+                self.bytes_fetched += num_bytes
+            return num_bytes
 
-    def _part(self, request: "_Request") -> Content:
+    def _part(self, request: "_Request") -> int:
         """The answer to a request that is under way, or to one of those that are sent after it."""
         trouble = _Trouble(self._config.retry_seconds)
         while True:
@@ -212,26 +204,37 @@ class Fetcher:
                 if self._closed.is_set():  # which ended it
                     raise _closed() from error
                 self._pause(trouble.was_refused(error))
-            request = self._ask(request.name, request.start, request.end)
+            request = self._ask(request.name, request.start, request.target)
 
-    def _first_answer(self, first: "_Request") -> Content:
-        """The answer to a request, or to a second one that is sent where the first takes too long."""
+    def _first_answer(self, first: "_Request") -> int:
+        """The answer to a request, or to a second one that is sent where the first takes too long.
+
+        Either way, the first one's target has the bytes, and nobody writes to it any more.
+        """
         first.has_begun.wait()
         requests = {first.answer: first}
         done, waiting = wait(requests, max(0.0, first.began + self._tempo.patience_seconds - time.monotonic()))
         if not done:
             with self._counting:
                 self.hedges += 1
-            second = self._ask(first.name, first.start, first.end, in_place_of_another=True)
+            own = self.buffers.empty((len(first.target),), np.uint8).data
+            second = self._ask(first.name, first.start, own, in_place_of_another=True)
             requests[second.answer] = second
             waiting = set(requests)
         while not (right := [answer for answer in done if answer.exception() is None]) and waiting:
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
         for answer in waiting:
             requests[answer].call.end()  # or a server that hangs would keep it
-        return (right or list(done))[0].result()
+        chosen = requests[(right or list(done))[0]]
+        num_bytes = chosen.answer.result()
+        if chosen is not first:
+            while not first.answer.done():
+                first.call.end()
+                wait([first.answer], _CLOSED_POLL_SECONDS)
+            first.target[:] = chosen.target
+        return num_bytes
 
-    def _ask(self, name: str, start: int, end: int, *, in_place_of_another: bool = False) -> "_Request":
+    def _ask(self, name: str, start: int, target: memoryview, *, in_place_of_another: bool = False) -> "_Request":
         with self._counting:
             if self._closed.is_set():
                 raise _closed()
@@ -239,12 +242,12 @@ class Fetcher:
                 most = 2 * max(self._config.requests_near, self._config.requests_far)  # as many again for second ones
                 self._pool = ThreadPoolExecutor(most, thread_name_prefix="stream-requests")
             self.requests += 1
-            request = _Request(name, start, end)
+            request = _Request(name, start, target)
             self._under_way.add(request)
             request.answer = self._pool.submit(self._answer, request, in_place_of_another)
         return request
 
-    def _answer(self, request: "_Request", in_place_of_another: bool) -> Content:
+    def _answer(self, request: "_Request", in_place_of_another: bool) -> int:
         try:
             if in_place_of_another:
                 return self._timed_read(request)
@@ -254,16 +257,16 @@ class Fetcher:
             with self._counting:
                 self._under_way.discard(request)
 
-    def _timed_read(self, request: "_Request") -> Content:
+    def _timed_read(self, request: "_Request") -> int:
         request.began = time.monotonic()
         request.has_begun.set()
         if self._closed.is_set():
             raise _closed()
-        content, first_byte_seconds = self._ranges.read(request.name, request.start, request.end, request.call)
+        num_bytes, first_byte_seconds = self._ranges.read(request.name, request.start, request.call, request.target)
         self._tempo.took(first_byte_seconds, time.monotonic() - request.began)
         with self._counting:
-            self.bytes_fetched += len(content)
-        return content
+            self.bytes_fetched += num_bytes
+        return num_bytes
 
     def _requests_under_way(self) -> "list[_Request]":
         with self._counting:
@@ -276,13 +279,34 @@ class Fetcher:
             raise _closed()
 
 
+class _Part:
+    """A piece of a range, and its place in memory."""
+
+    def __init__(self, start: int, target: memoryview) -> None:
+        self.start, self.target = start, target
+        self.num_bytes = 0  # that came
+        self.is_settled = False  # it came twice the same
+        self._digests: set[bytes] = set()
+
+    def came_damaged(self) -> None:
+        """Remembers what it, or another part of its range, came like."""
+        digest = hashlib.blake2b(self.target[: self.num_bytes], digest_size=16).digest()
+        self.is_settled = digest in self._digests
+        self._digests.add(digest)
+
+    def forget(self) -> None:
+        """As if it had not come yet."""
+        self.is_settled = False
+        self._digests.clear()
+
+
 class _Request:
     """One request for a part of an object."""
 
-    answer: "Future[Content]"
+    answer: "Future[int]"
 
-    def __init__(self, name: str, start: int, end: int) -> None:
-        self.name, self.start, self.end = name, start, end
+    def __init__(self, name: str, start: int, target: memoryview) -> None:
+        self.name, self.start, self.target = name, start, target
         self.call = Call()
         self.began = 0.0
         self.has_begun = threading.Event()  # it had to wait for its turn
@@ -368,7 +392,7 @@ def _closed() -> FetchFailed:
     return FetchFailed("the stream was closed", may_pass=True)
 
 
-def _length_problem(content: memoryview, start: int, end: int) -> str | None:
-    if len(content) == end - start:
+def _length_problem(num_bytes: int, start: int, end: int) -> str | None:
+    if num_bytes == end - start:
         return None
-    return f"bytes {start:,} to {end:,} were asked for and {len(content):,} came"
+    return f"bytes {start:,} to {end:,} were asked for and {num_bytes:,} came"

@@ -22,9 +22,6 @@ from datetime import UTC, datetime
 from typing import Final, NamedTuple, Protocol, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
-import numpy as np
-
-from datastore.buffers import Buffers
 from datastore.errors import DoNotRetry
 from datastore.objects import ObjectFolder, http_status
 
@@ -126,10 +123,10 @@ class Ranges(Protocol):
 
     is_local: bool
 
-    def read(self, name: str, start: int, end: int, call: Call) -> tuple[memoryview, float]:
-        """The bytes from `start` up to, not including, `end`, and the seconds to the first of them. Refused.
+    def read(self, name: str, start: int, call: Call, target: memoryview) -> tuple[int, float]:
+        """How many bytes from `start` on were put into the target, and the seconds to the first of them. Refused.
 
-        Fewer where the object is shorter and the storage does not say so.
+        Fewer than it has room for where the object is shorter and the storage does not say so.
         """
         ...
 
@@ -138,15 +135,15 @@ class Ranges(Protocol):
         ...
 
 
-def open_ranges(folder: ObjectFolder, timeout_seconds: float, buffers: Buffers) -> Ranges:
+def open_ranges(folder: ObjectFolder, timeout_seconds: float) -> Ranges:
     """The shortest way to a folder's objects."""
     if folder.is_local:
-        return _LocalRanges(folder, buffers)
+        return _LocalRanges(folder)
     url = folder.signed_url("zarr.json", _SIGNED_SECONDS)
     if url is not None and not _goes_through_a_proxy(urlsplit(url)):
         is_encrypted = url.startswith("https:")
         certificates = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE")) if is_encrypted else None
-        return _SignedRanges(folder, timeout_seconds, certificates, buffers)
+        return _SignedRanges(folder, timeout_seconds, certificates)
     return _FolderRanges(folder, timeout_seconds)
 
 
@@ -155,18 +152,17 @@ class _LocalRanges:
 
     is_local = True
 
-    def __init__(self, folder: ObjectFolder, buffers: Buffers) -> None:
+    def __init__(self, folder: ObjectFolder) -> None:
         self._folder = folder.local_path
-        self._buffers = buffers
 
-    def read(self, name: str, start: int, end: int, call: Call) -> tuple[memoryview, float]:
+    def read(self, name: str, start: int, call: Call, target: memoryview) -> tuple[int, float]:
         try:
             descriptor = os.open(self._folder / name, os.O_RDONLY)
             try:
-                content, filled = self._buffers.empty((end - start,), np.uint8).data, 0
-                while filled < len(content) and (count := os.preadv(descriptor, [content[filled:]], start + filled)):
+                filled = 0
+                while filled < len(target) and (count := os.preadv(descriptor, [target[filled:]], start + filled)):
                     filled += count
-                return content[:filled], 0.0
+                return filled, 0.0
             finally:
                 os.close(descriptor)
         except FileNotFoundError:
@@ -187,11 +183,12 @@ class _FolderRanges:
         self._folder = folder
         self._seconds = _WHOLE_READ_TIMEOUTS * timeout_seconds
 
-    def read(self, name: str, start: int, end: int, call: Call) -> tuple[memoryview, float]:
+    def read(self, name: str, start: int, call: Call, target: memoryview) -> tuple[int, float]:
         began = time.monotonic()
         with _refusing():
-            content = call.apart(lambda: self._folder.read_range(name, start, end), self._seconds)
-        return memoryview(content), time.monotonic() - began
+            content = call.apart(lambda: self._folder.read_range(name, start, start + len(target)), self._seconds)
+        target[: len(content)] = content[: len(target)]
+        return len(content), time.monotonic() - began
 
     def close(self) -> None:
         return
@@ -230,19 +227,16 @@ class _SignedRanges:
 
     is_local = False
 
-    def __init__(
-        self, folder: ObjectFolder, timeout_seconds: float, certificates: ssl.SSLContext | None, buffers: Buffers
-    ) -> None:
+    def __init__(self, folder: ObjectFolder, timeout_seconds: float, certificates: ssl.SSLContext | None) -> None:
         self._folder = folder
-        self._buffers = buffers
         self._certificates = certificates
         self._timeout_seconds = timeout_seconds
         self._signed: OrderedDict[str, _Signed] = OrderedDict()  # by object, signed longest ago first
-        self._own = threading.local()
-        self._connections: list[_Connection] = []
+        self._idle: list[_Connection] = []  # used last is last, and the next: the others may end
         self._lock = threading.Lock()
 
-    def read(self, name: str, start: int, end: int, call: Call) -> tuple[memoryview, float]:
+    def read(self, name: str, start: int, call: Call, target: memoryview) -> tuple[int, float]:
+        end = start + len(target)
         signed = self._signed_url(name, call)
         began = time.monotonic()
         connection = self._connection(signed.url)
@@ -252,11 +246,11 @@ class _SignedRanges:
                 first_byte_seconds = time.monotonic() - began
                 self._refuse_status(response, name, signed)
                 _refuse_another_range(response, start, end)
-                content, filled = self._buffers.empty((end - start,), np.uint8).data, 0
-                while filled < len(content) and (count := response.readinto(content[filled:])):
+                filled = 0
+                while filled < len(target) and (count := response.readinto(target[filled:])):
                     filled += count
-                if filled < len(content):
-                    raise Refused(f"the answer broke off after {filled:,} of {end - start:,} bytes", may_pass=True)
+                if filled < len(target):
+                    raise Refused(f"the answer broke off after {filled:,} of {len(target):,} bytes", may_pass=True)
                 if response.status == http.client.OK:
                     connection.close()  # more bytes follow than were asked for
         except ssl.SSLCertVerificationError as error:
@@ -272,11 +266,13 @@ class _SignedRanges:
         except Refused:
             connection.close()
             raise
-        return content, first_byte_seconds
+        with self._lock:
+            self._idle.append(connection)
+        return filled, first_byte_seconds
 
     def close(self) -> None:
-        for connection in self._connections:
-            connection.close()
+        while self._idle:
+            self._idle.pop().close()
 
     def _refuse_status(self, response: http.client.HTTPResponse, name: str, signed: _Signed) -> None:
         status = response.status
@@ -324,13 +320,11 @@ class _SignedRanges:
         return signed
 
     def _connection(self, url: SplitResult) -> "_Connection":
-        """This thread's connection, kept from request to request."""
-        found: _Connection | None = getattr(self._own, "connection", None)
-        if found is None:
-            found = self._own.connection = _Connection(url, self._timeout_seconds, self._certificates)
-            with self._lock:
-                self._connections.append(found)
-        return found
+        """A connection, kept from an earlier request where there is one."""
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        return _Connection(url, self._timeout_seconds, self._certificates)
 
 
 class _Connection(http.client.HTTPConnection):

@@ -269,6 +269,24 @@ def test_pauses_follow_from_no_seed_and_leave_the_run_s_own_draws_alone(
     assert len(set(pauses)) == 6
 
 
+# Memory
+
+
+def test_a_range_is_held_once_however_often_it_comes_damaged(server: RangeServer, fetcher_of: FetcherOf) -> None:
+    damage = random.Random(0)
+    server.script = lambda number: flipped_at(damage.randrange(30_000)) if number < 24 else right
+    fetcher = fetcher_of(part_mib=70_000 / 2**20)  # what is smaller is left to the allocator
+    held: list[int] = []
+
+    def problem(content: memoryview) -> str | None:
+        held.append(fetcher.buffers.allocated_bytes)
+        return None if bytes(content) == CONTENT[:100_000] else "damaged"
+
+    assert bytes(fetcher.fetch("shard", 0, 100_000, problem)) == CONTENT[:100_000]
+    assert len(held) > 5
+    assert max(held) <= 1.125 * 100_000
+
+
 # Slow requests
 
 
@@ -284,6 +302,24 @@ def test_a_slow_request_gets_a_second_one_beside_it_and_is_given_up(server: Rang
     assert fetcher.retries == 0
     wait_until(lambda: server.broken_off == 2)
     assert server.under_way == 0
+
+
+def test_a_slow_request_that_goes_on_does_not_write_over_the_answer_to_the_second(
+    server: RangeServer, fetcher_of: FetcherOf
+) -> None:
+    may_go_on = threading.Event()
+
+    def slow_and_wrong(handler: Handler, content: bytes) -> None:
+        handler.begin(206, len(content))
+        handler.wfile.write(bytes(len(content) // 2))
+        may_go_on.wait(10)
+        handler.wfile.write(bytes(len(content) - len(content) // 2))
+
+    server.script = lambda number: slow_and_wrong if number == 0 else right
+    found = fetcher_of(hedge_least_seconds=0.2).fetch("shard", 0, 50_000, expecting(0, 50_000))
+    may_go_on.set()
+    wait_until(lambda: server.under_way == 0)
+    assert bytes(found) == CONTENT[:50_000]
 
 
 def test_a_second_request_needs_no_turn(server: RangeServer, fetcher_of: FetcherOf) -> None:
