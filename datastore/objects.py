@@ -24,7 +24,7 @@ from botocore.exceptions import BotoCoreError, NoCredentialsError  # type: ignor
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from datastore.errors import AskedWrongly, DoNotRetry, StoreError, ViewpointError
+from datastore.errors import AskedWrongly, DoNotRetry, StoreError, Unavailable
 
 BOOKKEEPING_FOLDER: Final = "_viewpoint"
 """Below a store's URL, what is no zarr: drafts, commit records, manifests."""
@@ -307,7 +307,7 @@ class ObjectFolder:
                 f"AWS_PROFILE; a public bucket is read with FSSPEC_S3_ANON=true."
             ) from error
         except BotoCoreError as error:
-            raise ViewpointError(
+            raise Unavailable(
                 f"{where} cannot be reached: {error}. Check the network, and AWS_ENDPOINT_URL if the server is not "
                 f"Amazon's; then run the same command again."
             ) from error

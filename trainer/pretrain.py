@@ -11,10 +11,11 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
-from datastore.errors import EXIT_DONE, AskedWrongly, DoNotRetry, Stopped, ViewpointError
+from datastore.errors import EXIT_DONE, AskedWrongly, DoNotRetry, Stopped, Unavailable, ViewpointError
 from datastore.progress import Progress
 from datastore.stopping import stop_asked
 from trainer.heartbeat import HEART
@@ -34,10 +35,13 @@ if TYPE_CHECKING:
     from trainer.engine import Engine
     from trainer.metrics import TimeAccount
     from trainer.objectives.base import Objective, Terms
+    from trainer.patience import Patience
     from trainer.runfolder import Record, RunFolder
     from trainer.saving import Saved, Saver
 
 HELP = "train a recipe: one process of a run"
+
+_CONFIG_SECONDS: Final = 60.0  # that the config may take to come, before it can say how patient the run is
 
 _logger = logging.getLogger("trainer.pretrain")
 
@@ -54,9 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
     HEART.start()
     with stop_asked() as stop:  # before the imports, which take seconds: a signal meanwhile is not lost
         from trainer.distributed import World, joined
+        from trainer.patience import Patience
         from trainer.runfolder import RunFolder
 
-        config = config_at(arguments.config)
+        config = Patience(_CONFIG_SECONDS).persist(lambda: config_at(arguments.config), f"read {arguments.config}")
         folder = RunFolder(arguments.run, writer=f"rank-{World.from_env().rank}")
         with joined(config.engine.collective_timeout_seconds) as world:
             pretrain(config, folder, world, stop, must_exist=arguments.resume)
@@ -76,7 +81,6 @@ def pretrain(
     import torch
 
     from datastore.layout import open_store
-    from datastore.objects import ObjectFolder
     from datastore.stream import open_stream
     from trainer.checkpoint import Identity, restore, start
     from trainer.commits import committed_steps, due
@@ -86,6 +90,7 @@ def pretrain(
     from trainer.fragments import check_layout
     from trainer.metrics import Means, TimeAccount
     from trainer.numerics import be_deterministic, exact_float32
+    from trainer.patience import Patience, PatientFolder
     from trainer.saving import Saver
 
     account, began_at = TimeAccount(), psutil.Process().create_time()
@@ -93,8 +98,11 @@ def pretrain(
     be_deterministic()
     exact_float32()
     split = split_batch(config.global_batch, world.size, config.engine.max_micro_batch)
-    objective = build_objective(config, open_store(store_url(config)))
-    checkpoints = ObjectFolder(folder.checkpoints_url)
+    # less than ranks wait for each other: one of them may have trouble that the others have not
+    patience = Patience(min(config.checkpoint.retry_seconds, 0.8 * config.engine.collective_timeout_seconds))
+    store = patience.persist(lambda: open_store(store_url(config)), f"open {store_url(config)}")
+    objective = build_objective(config, store)
+    checkpoints = PatientFolder(folder.checkpoints_url, patience)
     if (
         config.start_from is not None
         and gather_reports(committed_steps(checkpoints) if world.is_first else [])[0] == []
@@ -113,9 +121,11 @@ def pretrain(
         generation = start(engine, checkpoints)
         saver = closing.enter_context(Saver(engine, checkpoints, generation, config.checkpoint, identity))
         position, damaged = restore(engine, checkpoints, identity, generation, must_exist=must_exist)
-        events = gather_reports(folder.events() if world.is_first else [])[0]
-        account.add_earlier(earlier_seconds(folder, world, events, position, began_at))
-        stream = open_stream(
+        history = f"read the history of {folder.url}"
+        events = gather_reports(patience.persist(folder.events, history) if world.is_first else [])[0]
+        account.add_earlier(earlier_seconds(folder, world, events, position, began_at, patience))
+        open_it = partial(
+            open_stream,
             config.data,
             objective.batch_type,
             teacher=config.teacher,
@@ -127,10 +137,12 @@ def pretrain(
             start=position.samples_seen,
             pin_memory=engine.device.type == "cuda",
         )
-        closing.enter_context(stream)
+        stream = closing.enter_context(patience.persist(open_it, f"read {store.url}"))
         total_steps = config.total_steps(stream.steps_per_epoch)
         report = closing.enter_context(Report(config, folder, world, account, stream, position, total_steps))
-        report.started(damaged, network_description(objective.encoder, config), generation, events, saver)
+        network = network_description(objective.encoder, config)
+        begin = partial(report.started, damaged, network, generation, events, saver)
+        patience.persist(begin, f"write to {folder.url}")
 
         saved_at, figures = time.monotonic(), Means()
         account.enter("data_wait")
@@ -207,7 +219,12 @@ def pretrain(
 
 
 def earlier_seconds(
-    folder: "RunFolder", world: "World", events: "Sequence[Record]", position: "Position", began_at: float
+    folder: "RunFolder",
+    world: "World",
+    events: "Sequence[Record]",
+    position: "Position",
+    began_at: float,
+    patience: "Patience",
 ) -> dict[str, float]:
     """Where the time of earlier starts went, as rank 0 knows it; the same on every rank."""
     from trainer.distributed import gather_reports
@@ -215,7 +232,8 @@ def earlier_seconds(
 
     mine: dict[str, float] = {}
     if world.is_first:
-        records = [*events, *last_metrics(folder.url)]
+        last = patience.persist(lambda: last_metrics(folder.url), f"read the last figures of {folder.url}")
+        records = [*events, *last]
         mine = account_so_far(records, position.totals, began_at, was_stopped=was_stopped(events))
     return gather_reports(mine)[0]
 
@@ -279,10 +297,10 @@ def raise_unreadable(coming: "list[Batch] | Exception | None", world: "World") -
 
     mine = coming if isinstance(coming, Exception) else None
     problems = gather_reports(None if mine is None else (str(mine), isinstance(mine, DoNotRetry)))
-    if mine is not None:
+    if isinstance(mine, DoNotRetry):
         raise mine
     rank, (message, is_hopeless) = next((rank, each) for rank, each in enumerate(problems) if each is not None)
-    raise (DoNotRetry if is_hopeless else ViewpointError)(f"Rank {rank}: {message}")
+    raise (DoNotRetry if is_hopeless else Unavailable)(f"Rank {rank}: {message}") from mine
 
 
 def explain_not_finite(

@@ -18,8 +18,18 @@ import pytest
 import torch
 
 import models
-from datastore.errors import EXIT_STOPPED, AskedWrongly, DoNotRetry, Stopped, StoreError
+from datastore.errors import (
+    EXIT_STOPPED,
+    EXIT_UNAVAILABLE,
+    AskedWrongly,
+    DoNotRetry,
+    Stopped,
+    StoreError,
+    Unavailable,
+    ViewpointError,
+)
 from datastore.layout import create_teacher, open_store
+from datastore.objects import ObjectFolder
 from datastore.stream import Stream
 from datastore.write import BlockWriter, publish
 from tests.ranks import run_ranks
@@ -164,6 +174,40 @@ def test_trouble_with_what_a_run_writes_down_is_waited_out(store_url: str, monke
     assert [event["event"] for event in folder.events()] == ["started", "saved", "saved", "finished"]
     assert [step for step, *_ in _losses(url)] == list(range(1, STEPS + 1))
     assert next(failures, None) is None, "all of the trouble was met"
+
+
+def test_a_start_waits_out_an_outage_of_its_storage(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = {"names": 2, "create": 2, "read_all": 1, "read": 1}
+
+    def unsteady(name: str, action: Any) -> Any:
+        def attempt(*arguments: Any) -> Any:
+            if failures[name]:
+                failures[name] -= 1
+                raise OSError("503 Slow Down")
+            return action(*arguments)
+
+        return attempt
+
+    for name in failures:
+        monkeypatch.setattr(ObjectFolder, name, unsteady(name, getattr(ObjectFolder, name)))
+    config = _config(store_url, checkpoint={"every_steps": 4, "background": False})
+    with joined(200) as world:
+        pretrain(config, RunFolder("memory://runs/outage"), world, threading.Event())
+    assert failures == dict.fromkeys(failures, 0)
+    assert RunFolder("memory://runs/outage").is_finished()
+
+
+def test_a_store_that_does_not_answer_any_more_has_an_exit_code_of_its_own(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(stream: Stream[Any], count: int) -> Iterator[Any]:
+        raise ViewpointError("points/c/0 cannot be read: no answer")
+        yield
+
+    monkeypatch.setattr(Stream, "steps", failing)
+    with joined(200) as world, pytest.raises(Unavailable, match="Rank 0: points/c/0 cannot be read") as raised:
+        pretrain(_config(store_url), RunFolder("memory://runs/silent"), world, threading.Event())
+    assert raised.value.exit_code == EXIT_UNAVAILABLE
 
 
 def _pretrain_until_unreadable(config: RunConfig, run_url: str, good_steps: int) -> str | None:
