@@ -85,7 +85,9 @@ class Fetcher:
         self._counting = threading.Lock()
         self._closed = threading.Event()
         self._tempo = _Tempo(self._config)
-        self._pool: ThreadPoolExecutor | None = None
+        self._pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = (
+            None  # of first requests, and of second ones
+        )
         self._under_way: set[_Request] = set()
 
     @property
@@ -134,8 +136,8 @@ class Fetcher:
             for request in under_way:
                 request.call.end()
             wait([request.answer for request in under_way], _CLOSED_POLL_SECONDS)
-        if self._pool is not None:
-            self._pool.shutdown(wait=True)
+        for pool in self._pools or ():
+            pool.shutdown(wait=True)
         self._ranges.close()
 
     def _fetch(self, name: str, start: int, end: int, problem_of: Problem) -> memoryview:
@@ -238,13 +240,17 @@ class Fetcher:
         with self._counting:
             if self._closed.is_set():
                 raise _closed()
-            if self._pool is None:
-                most = 2 * max(self._config.requests_near, self._config.requests_far)  # as many again for second ones
-                self._pool = ThreadPoolExecutor(most, thread_name_prefix="stream-requests")
+            if self._pools is None:
+                # a second request must not wait in line behind first ones, whose turn may depend on it
+                most = max(self._config.requests_near, self._config.requests_far)
+                self._pools = (
+                    ThreadPoolExecutor(most, thread_name_prefix="stream-requests"),
+                    ThreadPoolExecutor(most, thread_name_prefix="stream-second-requests"),
+                )
             self.requests += 1
             request = _Request(name, start, target)
             self._under_way.add(request)
-            request.answer = self._pool.submit(self._answer, request, in_place_of_another)
+            request.answer = self._pools[in_place_of_another].submit(self._answer, request, in_place_of_another)
         return request
 
     def _answer(self, request: "_Request", in_place_of_another: bool) -> int:

@@ -272,10 +272,13 @@ def test_pauses_follow_from_no_seed_and_leave_the_run_s_own_draws_alone(
 # Memory
 
 
-def test_a_range_is_held_once_however_often_it_comes_damaged(server: RangeServer, fetcher_of: FetcherOf) -> None:
+def test_a_range_is_held_once_however_often_it_comes_damaged(
+    server: RangeServer, fetcher_of: FetcherOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
     damage = random.Random(0)
-    server.script = lambda number: flipped_at(damage.randrange(30_000)) if number < 24 else right
+    server.script = lambda number: flipped_at(damage.randrange(30_000)) if number < 12 else right
     fetcher = fetcher_of(part_mib=70_000 / 2**20)  # what is smaller is left to the allocator
+    monkeypatch.setattr(fetcher, "_pause", lambda seconds: None)
     held: list[int] = []
 
     def problem(content: memoryview) -> str | None:
@@ -326,6 +329,20 @@ def test_a_second_request_needs_no_turn(server: RangeServer, fetcher_of: Fetcher
     fetcher = fetcher_of(hedge_least_seconds=0.2, requests_near=1, requests_far=1)
     server.script = lambda number: hung if number == 0 else right
     assert fetched(fetcher, 0, 100) == CONTENT[:100]
+
+
+def test_second_requests_do_not_wait_behind_all_that_are_queued(server: RangeServer, fetcher_of: FetcherOf) -> None:
+    server.script = lambda number: hung if number < 4 else right
+    fetcher = fetcher_of(
+        part_mib=500 / 2**20, hedge_least_seconds=0.2, timeout_seconds=30.0, requests_near=4, requests_far=4
+    )
+    started = time.monotonic()
+    with ThreadPoolExecutor(4) as readers:  # 160 requests, of which the first four hang
+        found = list(readers.map(lambda at: fetched(fetcher, at, at + 20_000), range(0, 80_000, 20_000)))
+    assert b"".join(found) == CONTENT[:80_000]
+    assert time.monotonic() - started < 10
+    assert 4 <= fetcher.hedges < 20
+    assert fetcher.retries == 0
 
 
 def test_waiting_for_a_turn_is_not_being_slow(server: RangeServer, fetcher_of: FetcherOf) -> None:
