@@ -40,7 +40,7 @@ class Buffers:
         if num_bytes <= _SMALL_BYTES:
             return np.empty(shape, dtype)
         with self._lock:
-            memory = self._take(_rounded(num_bytes))
+            memory = self._take(rounded(num_bytes))
         # numpy lets views hold the array that they were taken from up to the first that is not made of another array;
         # so every view holds `lent`, and none holds `memory` alone
         lent = np.frombuffer(memory.data, np.uint8)
@@ -63,6 +63,9 @@ class Buffers:
         return np.empty(size, np.uint8)
 
 
-def _rounded(num_bytes: int) -> int:
+def rounded(num_bytes: int) -> int:
+    """What an array of so many bytes takes."""
+    if num_bytes <= _SMALL_BYTES:
+        return num_bytes
     step = 1 << max(0, (num_bytes - 1).bit_length() - _STEPS_AN_OCTAVE.bit_length())
     return -(-num_bytes // step) * step

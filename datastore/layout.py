@@ -638,9 +638,9 @@ class Store:
         return StoredField(field, path, scope, len(self), row_shape, shard_rows, min(field.chunk_rows, shard_rows))
 
 
-def open_store(url: str | os.PathLike[str]) -> Store:
-    """The store at a URL, as its newest manifest shows it."""
-    store = _open(ObjectFolder(url))
+def open_store(url: str | os.PathLike[str], manifest: int | None = None) -> Store:
+    """The store at a URL, as its newest manifest shows it, or the one with this number."""
+    store = _open(ObjectFolder(url), manifest)
     if store.manifest.number == 0:
         raise StoreError(
             f"{store.url} is a store in which nothing is complete yet. Wait for `viewpoint ingest` to finish, or run "
@@ -738,6 +738,15 @@ def newest_manifest(folder: ObjectFolder) -> Manifest:
     return parse_document(Manifest, folder.read(name), f"{folder.url}/{name}", mend)
 
 
+def _manifest_numbered(folder: ObjectFolder, number: int) -> Manifest:
+    name = manifest_name(number)
+    mend = "Restore it from a copy, or start a new run, which sees the newest."
+    try:
+        return parse_document(Manifest, folder.read(name), f"{folder.url}/{name}", mend)
+    except FileNotFoundError:
+        raise StoreError(f"{folder.url} has no {name} any more, which this run began with. {mend}") from None
+
+
 def parse_document(model: type[Model], content: bytes, where: str, mend: str) -> Model:
     """The object that a JSON document describes; an error that names the document and how to mend it."""
     try:
@@ -756,10 +765,11 @@ def _numbers(names: Iterable[str]) -> list[int]:
     return sorted(int(name.removesuffix(".json")) for name in names if name.removesuffix(".json").isdecimal())
 
 
-def _open(folder: ObjectFolder) -> Store:
+def _open(folder: ObjectFolder, manifest: int | None = None) -> Store:
     attributes, fields = _read_attributes(folder)
     teachers = {key: _read_teacher(folder, key) for key in _teacher_keys(folder)}
-    return Store(folder, attributes, fields, teachers, newest_manifest(folder))
+    seen = newest_manifest(folder) if manifest is None else _manifest_numbered(folder, manifest)
+    return Store(folder, attributes, fields, teachers, seen)
 
 
 def _teacher_keys(folder: ObjectFolder) -> list[str]:

@@ -10,15 +10,16 @@ plain zarr; a test holds the two against each other.
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Final
+from typing import Any, Final
 
 import google_crc32c
 import numpy as np
 from jaxtyping import Int64, Shaped
 from numcodecs import blosc, zstd
 
+from datastore.buffers import rounded
 from datastore.errors import StoreError, ViewpointError
 from datastore.fetch import Fetcher, FetchFailed
 from datastore.layout import Store, StoredField
@@ -29,11 +30,36 @@ _CHECKSUM_BYTES: Final = 4
 _KEPT_BYTES: Final = 16 * 2**20
 """Of indices, and of chunks so small that a thousand rows share one: they are asked for again and again."""
 _SMALL_CHUNK_BYTES: Final = 2**16
+_LARGE_ROW_BYTES: Final = 2**15
+"""Rows from here on are picked one by one out of chunks where they came; a copy of smaller ones costs less than that."""
 
 _DECOMPRESS: Final[dict[Codec, Callable[[memoryview, np.ndarray], object]]] = {
     "lz4": blosc.decompress,
     "zstd": zstd.decompress,
 }
+
+
+class LoadedRows:
+    """Neighbouring rows of a field in memory: in one array, or in the chunks as they came, where nothing was to be decoded."""
+
+    def __init__(self, pieces: list[np.ndarray]) -> None:
+        self._pieces = pieces
+        self._piece_rows = len(pieces[0])  # of all but the last
+
+    def take(
+        self, rows: Int64[np.ndarray, " m"], target: np.ndarray, views: Int64[np.ndarray, "m k"] | None = None
+    ) -> None:
+        """Copies rows, counted from the first, to `target`. `views`: only these places of each row's first axis."""
+        if len(self._pieces) == 1:
+            if views is None:  # with another mode numpy would copy twice
+                self._pieces[0].take(rows, axis=0, out=target, mode="clip")
+            else:
+                target[...] = self._pieces[0][rows[:, None], views]
+            return
+        pieces, places = np.divmod(rows, self._piece_rows)
+        for number, (piece, place) in enumerate(zip(pieces.tolist(), places.tolist(), strict=True)):
+            row = self._pieces[piece][place]
+            target[number] = row if views is None else row[views[number]]
 
 
 class ShardReader:
@@ -63,6 +89,10 @@ class ShardReader:
         return math.prod(self._kept) * self._item_bytes
 
     @property
+    def _dtype(self) -> "np.dtype[Any]":
+        return np.dtype(self.stored.stored_dtype).newbyteorder("<")
+
+    @property
     def _item_bytes(self) -> int:
         return np.dtype(self.stored.stored_dtype).itemsize
 
@@ -88,24 +118,70 @@ class ShardReader:
 
         StoreError where they are damaged or missing, ViewpointError where they cannot be had for now.
         """
-        dtype = np.dtype(self.stored.stored_dtype).newbyteorder("<")
-        result = self._fetcher.buffers.empty((len(rows), *self._kept), dtype)
-        for start, end in _runs(rows // self.stored.shard_rows):
-            shard = int(rows[start] // self.stored.shard_rows)
+        result = self._fetcher.buffers.empty((len(rows), *self._kept), self._dtype)
+        for shard, start, end in self._by_shard(rows):
             self._read_shard(shard, rows[start:end] - shard * self.stored.shard_rows, result[start:end])
         return result
 
+    def load(self, rows: Int64[np.ndarray, " r"]) -> LoadedRows:
+        """As `read`, without a copy where rows lie in the store as they do in memory."""
+        if not self.loads_in_place(rows):
+            return LoadedRows([self.read(rows)])
+        pieces: list[np.ndarray] = []
+        for shard, start, end in self._by_shard(rows):
+            chunks = np.unique((rows[start:end] - shard * self.stored.shard_rows) // self.stored.chunk_rows)
+            for encoded in self._encoded(shard, chunks.tolist()).values():
+                pieces.append(np.frombuffer(encoded, self._dtype).reshape(-1, *self._kept))
+        return LoadedRows(pieces)
+
+    def loaded_bytes(self, rows: Int64[np.ndarray, " r"]) -> int:
+        """Memory that rows take which were loaded."""
+        num_bytes = len(rows) * self.row_bytes
+        if self.loads_in_place(rows):
+            num_bytes += len(rows) // self.stored.chunk_rows * _CHECKSUM_BYTES
+        return rounded(num_bytes)
+
+    def loads_in_place(self, rows: Int64[np.ndarray, " r"]) -> bool:
+        """Whether `load` takes no memory beside that of the rows."""
+        chunk_rows = self.stored.chunk_rows
+        return (
+            self.stored.field.codec == "none"
+            and self.takes_whole_rows
+            and self.row_bytes >= _LARGE_ROW_BYTES
+            and not rows[0] % chunk_rows
+            and not len(rows) % chunk_rows
+            and int(rows[-1] - rows[0]) + 1 == len(rows)
+        )
+
+    def _by_shard(self, rows: Int64[np.ndarray, " r"]) -> Iterator[tuple[int, int, int]]:
+        """Each shard that holds some of the rows, with the first of them and the one after its last."""
+        for start, end in _runs(rows // self.stored.shard_rows):
+            yield int(rows[start] // self.stored.shard_rows), start, end
+
     def _read_shard(self, shard: int, rows: Int64[np.ndarray, " r"], result: np.ndarray) -> None:
         """Rows by their place in one shard. Only chunks that hold one of them are fetched and decoded."""
+        chunk_rows = self.stored.chunk_rows
+        chunk_of_row = rows // chunk_rows
+        wanted = list(_runs(chunk_of_row))
+        encoded = self._encoded(shard, [int(chunk_of_row[start]) for start, _ in wanted])
+        for (chunk, content), (start, end) in zip(encoded.items(), wanted, strict=True):
+            if self.takes_whole_rows and end - start == chunk_rows:
+                self._decode(content, result[start:end])
+                continue
+            decoded = self._fetcher.buffers.empty((chunk_rows, *self.stored.stored_row_shape), self._dtype)
+            self._decode(content, decoded)
+            places = rows[start:end] - chunk * chunk_rows
+            result[start:end] = (decoded if self.takes_whole_rows else decoded[:, : self._kept[0]])[places]
+
+    def _encoded(self, shard: int, chunks: list[int]) -> dict[int, memoryview]:
+        """Chunks of a shard, ascending, as they lie there, each checked."""
         stored, name = self.stored, self.stored.shard_name(shard)
         try:
             index = self._index(shard, name)
-            chunk_of_row = rows // stored.chunk_rows
-            wanted = list(_runs(chunk_of_row))
-            chunks = [int(chunk_of_row[start]) for start, _ in wanted]
             encoded: dict[int, memoryview] = {}
             for first, last in _stretches(chunks):
                 encoded |= self._chunks(shard, name, index, first, last)
+            return encoded
         except FetchFailed as error:
             first = shard * stored.shard_rows
             last = min(first + stored.shard_rows, stored.num_rows) - 1
@@ -118,14 +194,6 @@ class ShardReader:
             raise StoreError(
                 f"{failure}. `viewpoint inspect {self._url} --verify` lists everything that is damaged."
             ) from error
-        for chunk, (start, end) in zip(chunks, wanted, strict=True):
-            if self.takes_whole_rows and end - start == stored.chunk_rows:
-                self._decode(encoded[chunk], result[start:end])
-                continue
-            decoded = self._fetcher.buffers.empty((stored.chunk_rows, *stored.stored_row_shape), result.dtype)
-            self._decode(encoded[chunk], decoded)
-            places = rows[start:end] - chunk * stored.chunk_rows
-            result[start:end] = (decoded if self.takes_whole_rows else decoded[:, : self._kept[0]])[places]
 
     def _index(self, shard: int, name: str) -> np.ndarray:
         """Where each chunk of a shard lies."""

@@ -12,10 +12,11 @@ bound on memory allows, and one more thread gathers rows into tensors, a few bat
 
 import logging
 import math
+import os
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
@@ -29,20 +30,21 @@ from jaxtyping import Int64
 from pydantic import BaseModel, PositiveFloat, PositiveInt
 
 from datastore.batch import Batch
-from datastore.buffers import Buffers
+from datastore.buffers import Buffers, rounded
 from datastore.disk_cache import DiskCache
 from datastore.errors import AskedWrongly, StoreError, ViewpointError
 from datastore.fetch import FetchConfig, Fetcher, FetchFailed
 from datastore.layout import CorpusFacts, Rows, Store, manifest_name, newest_manifest, open_store
 from datastore.order import Lanes, Order, Remainder, drawn_views, sample_seeds, say_worlds
 from datastore.schema import FIELDS
-from datastore.shards import ShardReader
+from datastore.shards import LoadedRows, ShardReader
 
-# Threads that wait for bytes and decode them. A disk needs few, and a mounted file system some; those of a server
-# wait for its latency, and its requests are bounded by themselves (data.fetch).
-_LOCAL_READERS: Final = 8
-_REMOTE_READERS: Final = 24
-_BATCHES_BESIDE: Final = 2  # those that are ready: one is being gathered, and one is the consumer's
+# Threads that wait for bytes and decode them. For a disk as many as there are cores, within bounds: more of them only get
+# into each other's way (a third of the rate was lost with 8 on 2 cores), fewer would leave a mounted file system waiting.
+# Those of a server wait for its latency, and its requests are bounded by themselves (data.fetch).
+_FEWEST_LOCAL_READERS, _MOST_LOCAL_READERS = 2, 8
+_REMOTE_READERS: Final = 32
+_WINDOWS_AHEAD: Final = 4  # that a lane will come to are asked for, if there is memory for them
 _UNIT_BYTES: Final = 4 * 2**20
 _LARGEST_UNIT_BYTES: Final = 64 * 2**20
 _MOST_UNIT_SAMPLES: Final = 256
@@ -90,11 +92,13 @@ def open_stream(
     world_size: int,
     seed: int,
     start: int = 0,
+    manifest: int | None = None,
     pin_memory: bool = False,
 ) -> "Stream[BatchT]":
     """This rank's batches from sample `start` on. What can be asked wrongly is found here, not at the first batch.
 
-    `pin_memory`: batches lie where a GPU fetches them from while it computes.
+    `manifest`: what all ranks and starts of a run see of a store that grows; None: the newest. `pin_memory`: batches lie
+    where a GPU fetches them from while it computes.
     """
     if config.store_url is None:
         raise AskedWrongly("No store to read from: name one with `--data URL`, or as data.store_url in the recipe.")
@@ -102,7 +106,7 @@ def open_stream(
         raise ValueError(f"rank {rank} of {world_size}")
     shares = _Shares(global_batch, micro_batch, rank, world_size)
     shares.check(start)
-    store = open_store(config.store_url)
+    store = open_store(config.store_url, manifest)
     fetcher = Fetcher(store.folder, config.fetch, _cache(store, config), Buffers(int(config.memory_gib * _GIB)))
     with ExitStack() as on_error:
         on_error.callback(fetcher.close)
@@ -116,7 +120,9 @@ def open_stream(
         order = Order(len(rows), config.unit_samples or unit_samples_of(readers.values()), config.window_units, seed)
         lanes = Lanes(len(rows), global_batch, config.lanes, config.remainder)
         samples = _Samples(rows, readers, order)
-        num_readers = _LOCAL_READERS if fetcher.is_local else _REMOTE_READERS
+        cores = len(os.sched_getaffinity(0))
+        local_readers = max(_FEWEST_LOCAL_READERS, min(cores, _MOST_LOCAL_READERS))
+        num_readers = local_readers if fetcher.is_local else _REMOTE_READERS
         memory = _Memory.of(samples, shares, lanes, config, _batch_row_bytes(readers.values(), batch_type), num_readers)
         stream = Stream(store, fetcher, batch_type, samples, shares, lanes, memory, seed, start, pin_memory)
         on_error.pop_all()
@@ -168,7 +174,9 @@ class Stream(Generic[BatchT]):
         self._pin_memory = pin_memory
         self._prefetch_batches = memory.batches_ahead
         plans = _plans(samples.order, lanes, shares, first_step=start // shares.global_batch)
-        self._units = _UnitMemory(samples, memory, plans, _plans_of_a_window(samples.order, shares, lanes))
+        self._units = _UnitMemory(
+            samples, memory, plans, _WINDOWS_AHEAD * _plans_of_a_window(samples.order, shares, lanes)
+        )
         # one thread, so that batches are finished in order and `_units` has one user
         self._assembler = ThreadPoolExecutor(1, thread_name_prefix="stream-batches")
         self._ahead: deque[Future[BatchT]] = deque()
@@ -203,6 +211,11 @@ class Stream(Generic[BatchT]):
     def batches_ready(self) -> int:
         """Micro-batches that could be taken without waiting."""
         return sum(batch.done() for batch in self._ahead)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory for samples: units, what is being read, batches that somebody still holds, and what is kept for the next."""
+        return self._fetcher.buffers.allocated_bytes
 
     @property
     def resident_bytes(self) -> int:
@@ -404,35 +417,35 @@ class _Samples:
 
     def num_bytes(self, unit: int) -> int:
         """Memory that a decoded unit takes."""
-        first, end = self.span(unit)
-        return (end - first) * self.row_bytes
-
-    @property
-    def row_bytes(self) -> int:
-        """Memory that one sample takes."""
-        return sum(reader.row_bytes for reader in self.readers.values())
+        rows = self._rows_of(unit)
+        return sum(reader.loaded_bytes(rows) for reader in self.readers.values())
 
     def bytes_while_read(self, reader: ShardReader) -> int:
         """Memory that a unit of one field takes until it is decoded, about."""
         first, last = map(int, self.rows[np.array([0, len(self.rows) - 1], dtype=np.int64)])
         spread = (last - first + 1) / len(self.rows)
         unit_samples, chunk_rows = self.order.unit_samples, reader.chunk_rows
+        if spread == 1 and reader.loads_in_place(np.arange(first, first + unit_samples, dtype=np.int64)):
+            return 0
         if spread == 1 and not first % chunk_rows and not unit_samples % chunk_rows and reader.takes_whole_rows:
             return math.ceil(unit_samples * reader.encoded_row_bytes)
         # chunks that are not of one unit alone, and rows of other splits in between; such chunks are unpacked by themselves
         num_rows = unit_samples * spread + 2 * chunk_rows
         return math.ceil(num_rows * reader.encoded_row_bytes) + chunk_rows * reader.row_bytes
 
-    def read(self, field: str, unit: int) -> np.ndarray:
+    def load(self, field: str, unit: int) -> LoadedRows:
         """One field of a unit."""
-        return self.readers[field].read(self.rows[np.arange(*self.span(unit), dtype=np.int64)])
+        return self.readers[field].load(self._rows_of(unit))
+
+    def _rows_of(self, unit: int) -> Int64[np.ndarray, " r"]:
+        return self.rows[np.arange(*self.span(unit), dtype=np.int64)]
 
 
 @dataclass(frozen=True)
 class _Held:
     """A unit in memory, or on its way there."""
 
-    fields: dict[str, Future[np.ndarray]]
+    fields: dict[str, Future[LoadedRows]]
     first_sample: int
     num_bytes: int
 
@@ -522,10 +535,7 @@ class _UnitMemory:
         for start, end in pairwise(bounds):
             held = self._held[int(units[start])]
             content, rows = held.fields[field].result(), samples[start:end] - held.first_sample
-            if views is not None:
-                target[start:end] = content[rows[:, None], views[start:end]]
-            else:  # with another mode numpy would copy twice
-                content.take(rows, axis=0, out=target[start:end], mode="clip")
+            content.take(rows, target[start:end], None if views is None else views[start:end])
 
     def also(self, task: Callable[[], None]) -> None:
         """Runs it on a thread that reads."""
@@ -547,7 +557,7 @@ class _UnitMemory:
         num_bytes = self._samples.num_bytes(unit)
         if not self._make_room(num_bytes, must):
             return False
-        fields = {name: self._pool.submit(self._samples.read, name, unit) for name in self._samples.readers}
+        fields = {name: self._pool.submit(self._samples.load, name, unit) for name in self._samples.readers}
         self._held[unit] = _Held(fields, self._samples.span(unit)[0], num_bytes)
         self.resident_bytes += num_bytes
         self.units_read += 1
@@ -570,7 +580,8 @@ class _UnitMemory:
     def _drop(self, unit: int) -> None:
         dropped = self._held.pop(unit)
         for content in dropped.fields.values():
-            content.cancel()
+            if not content.cancel():
+                wait([content])  # what is under way takes its memory
         self.resident_bytes -= dropped.num_bytes
 
 
@@ -601,16 +612,21 @@ class _Memory:
         """Room for the units that a micro-batch may need at once; the rest in thirds, for what is being read, for batches
         and for more units. Refuses windows that do not fit: their units would be read again and again.
 
+        Of batches there are those that are ready, one that is being gathered, and the consumer's: a step's, and those of
+        the step before, which it lets go when it has the next.
         `row_bytes`: of a sample in a batch.
         """
         order, whole = samples.order, int(config.memory_gib * _GIB)
         num_lanes = len(np.unique(lanes.lane_of(shares.offsets)))
-        # a micro-batch may cross from one window to the next in every lane
-        num_units = min(2 * num_lanes * order.largest_window, order.num_units)
-        units = num_units * order.unit_samples * samples.row_bytes
-        batch = shares.micro_batch * row_bytes
+        # a micro-batch takes some samples of each of its lanes, which may begin anywhere in a window
+        of_a_lane = min(shares.micro_batch, -(-lanes.global_batch // lanes.num_lanes))
+        windows = 1 + -(-of_a_lane // (order.largest_window * order.unit_samples))
+        num_units = min(windows * num_lanes * order.largest_window, order.num_units)
+        units = num_units * samples.num_bytes(0)
+        beside = 1 + 2 * shares.accumulation
+        batch = rounded(shares.micro_batch * row_bytes)
         reading = max((samples.bytes_while_read(reader) for reader in samples.readers.values()), default=0)
-        needed = units + (_BATCHES_BESIDE + 1) * batch + reading
+        needed = units + (beside + 1) * batch + reading
         if needed > whole:
             raise AskedWrongly(
                 f"{num_lanes} lanes with windows of {order.largest_window} units of {order.unit_samples} samples take up "
@@ -619,9 +635,10 @@ class _Memory:
                 f"data.window_units, data.unit_samples or data.num_points."
             )
         third = (whole - units) // 3
-        ahead = max(1, min(config.prefetch_batches, third // max(1, batch) - _BATCHES_BESIDE))
+        # a step is taken whole: what of it is not ready then, the device waits for
+        ahead = max(1, min(max(config.prefetch_batches, shares.accumulation), third // max(1, batch) - beside))
         readers = max(1, min(num_readers, third // max(1, reading)))
-        return cls(whole - (ahead + _BATCHES_BESIDE) * batch - readers * reading, readers, ahead)
+        return cls(whole - (ahead + beside) * batch - readers * reading, readers, ahead)
 
 
 def _chosen_rows(store: Store, config: StreamConfig, fetcher: Fetcher) -> Rows:

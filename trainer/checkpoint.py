@@ -72,6 +72,7 @@ class Position:
     step: int = 0
     samples_seen: int = 0
     totals: Mapping[str, float] = field(default_factory=dict)  # metrics that go on counting, as seconds by bucket
+    store_manifest: int | None = None  # what all starts of the run see of a store that grows
 
     def advanced(self, global_batch: int) -> "Position":
         """One step on."""
@@ -122,7 +123,8 @@ def restore(
                     forget(folder, later)
                 record_resumed(folder, generation, engine.world.size, step)
             publish(engine)
-            return Restored(Position(manifest.step, manifest.samples_seen, manifest.totals), tuple(damaged))
+            position = Position(manifest.step, manifest.samples_seen, manifest.totals, manifest.store_manifest)
+            return Restored(position, tuple(damaged))
         damaged += problems
         unusable.append(step)
     if damaged:

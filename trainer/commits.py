@@ -125,6 +125,7 @@ class Manifest(BaseModel, frozen=True):
     generation: int
     step: int
     samples_seen: int
+    store_manifest: int | None = None  # of the store that it is trained on
     totals: dict[str, float]
     figures: dict[str, float] = {}  # the loss and its terms, means over the steps since the checkpoint before
     config_hash: str

@@ -113,6 +113,7 @@ class Reads:
     batches_ready: int = 0
     retries: int = 0
     cache_hits: int = 0
+    memory_bytes: int = 0
 
 
 class Exporter:
@@ -175,6 +176,7 @@ class Exporter:
         yield counter("data_retries", "Requests to the store that had to be repeated", reads.retries)
         yield counter("data_cache_hits", "Ranges that the local cache had", reads.cache_hits)
         yield gauge("data_queue_depth", "Micro-batches ready", reads.batches_ready)
+        yield gauge("data_memory_bytes", "Memory for samples, which data.memory_gib bounds", reads.memory_bytes)
         yield gauge("step", "Optimizer steps finished", figures.step)
         yield gauge("last_step_timestamp_seconds", "When the last step ended", self._last_step_at)
         yield counter("checkpoint_bytes", "Uploaded by this rank", self.uploaded_bytes())

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
@@ -124,6 +125,8 @@ def pretrain(
         history = f"read the history of {folder.url}"
         events = gather_reports(patience.persist(folder.events, history) if world.is_first else [])[0]
         account.add_earlier(earlier_seconds(folder, world, events, position, began_at, patience))
+        if position.store_manifest is None:  # ranks may have opened different ones, while the store grew
+            position = replace(position, store_manifest=gather_reports(store.manifest.number)[0])
         open_it = partial(
             open_stream,
             config.data,
@@ -135,6 +138,7 @@ def pretrain(
             world_size=world.size,
             seed=config.seed,
             start=position.samples_seen,
+            manifest=position.store_manifest,
             pin_memory=engine.device.type == "cuda",
         )
         stream = closing.enter_context(patience.persist(open_it, f"read {store.url}"))
@@ -342,7 +346,9 @@ class Report:
         self._config, self._folder, self._world = config, folder, world
         self._account, self._stream, self._total_steps = account, stream, total_steps
         self._exporter = Exporter(config.metrics, world, folder.name, account)
-        self._exporter.reads = lambda: Reads(stream.bytes_read, stream.batches_ready, stream.retries, stream.cache_hits)
+        self._exporter.reads = lambda: Reads(
+            stream.bytes_read, stream.batches_ready, stream.retries, stream.cache_hits, stream.memory_bytes
+        )
         self._resumed_from = position
         self._progress = None
         if world.is_first:

@@ -204,6 +204,7 @@ class Saver:
             generation=self._generation,
             step=position.step,
             samples_seen=position.samples_seen,
+            store_manifest=position.store_manifest,
             totals=dict(position.totals),
             figures=dict(figures),
             config_hash=self._identity.config_hash,

@@ -22,6 +22,7 @@ from datastore.buffers import Buffers
 from datastore.layout import Manifest, Rows, ScopeManifest, ShardSums
 from datastore.order import Lanes, Order
 from datastore.schema import FIELDS
+from datastore.shards import LoadedRows
 from datastore.stream import Stream, StreamConfig, _Memory, _Samples, _Shares, unit_samples_of
 from readers.memory import PeakMemory
 from readers.payloads import BATCH
@@ -47,9 +48,17 @@ class RowNumbers:
     chunk_rows = 1
     takes_whole_rows = True
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
+    def load(self, rows: np.ndarray) -> LoadedRows:
         """The rows."""
-        return rows
+        return LoadedRows([rows])
+
+    def loaded_bytes(self, rows: np.ndarray) -> int:
+        """What they take."""
+        return rows.nbytes
+
+    def loads_in_place(self, rows: np.ndarray) -> bool:
+        """Whether they take nothing more."""
+        return len(rows) > 0
 
 
 def open_at(start: int) -> float:

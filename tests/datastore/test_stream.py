@@ -1,5 +1,9 @@
 """The stream delivers each sample once an epoch, the same for any world and after any resume, within its memory."""
 
+import itertools
+import json
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -13,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import Bool, Float, Int16, Int64, UInt8
 from torch import Tensor
@@ -46,6 +50,11 @@ class IdBatch(Batch):
 @dataclass(frozen=True)
 class LabelBatch(Batch):
     label: Int64[Tensor, " b"]
+
+
+@dataclass(frozen=True)
+class PointsBatch(Batch):
+    points: Float[Tensor, "b p 3"]
 
 
 @dataclass(frozen=True)
@@ -146,10 +155,12 @@ def test_resuming_at_any_step_with_any_world_goes_on_where_the_run_stopped(
 
 
 EVERY_WORLD = (1, 2, 3, 4, 7, 16)
-SHARED_BATCH = 336  # each of them has an equal part of it
+SHARED_BATCH = 336  # each of them has an equal part of it, which can be cut into one, three or seven micro-batches
 
 
 @given(
+    st.sampled_from(EVERY_WORLD),
+    st.sampled_from([1, 3, 7]),
     st.integers(SHARED_BATCH, 10**6),
     st.integers(0, 10**9),
     st.integers(1, 300),
@@ -160,51 +171,66 @@ SHARED_BATCH = 336  # each of them has an equal part of it
 )
 @settings(max_examples=1000, deadline=None)
 def test_at_any_position_every_world_plans_the_same_samples_in_the_same_order(
-    num_samples: int, step: int, unit_samples: int, window_units: int, num_lanes: int, remainder: Any, seed: int
-) -> None:
+    world: int, accumulation: int, num_samples: int, step: int, unit_samples: int, window_units: int, num_lanes: int,
+    remainder: Any, seed: int,
+) -> None:  # fmt: skip
     order = Order(num_samples, unit_samples, window_units, seed)
     lanes = Lanes(num_samples, SHARED_BATCH, num_lanes, remainder)
     epoch, batch = divmod(step, lanes.num_batches)
     alone = order.samples(epoch, lanes.positions(np.array(batch), np.arange(SHARED_BATCH)))
     assert len(np.unique(alone)) == SHARED_BATCH or lanes.num_batches * SHARED_BATCH > num_samples
-    world = EVERY_WORLD[seed % len(EVERY_WORLD)]
-    for rank in {0, seed // 16 % world, world - 1}:
-        shares = _Shares(SHARED_BATCH, SHARED_BATCH // world, rank, world)
-        part = slice(rank * SHARED_BATCH // world, (rank + 1) * SHARED_BATCH // world)
-        assert np.array_equal(alone[shares.offsets.ravel()], alone[part])
-        if seed % 16 == 0:  # it looks up many places at a time, which takes its time
-            assert np.array_equal(next(_plans(order, lanes, shares, step)).samples, alone[part])
+    rank = seed % world
+    if SHARED_BATCH // world % accumulation:
+        accumulation = 1
+    shares = _Shares(SHARED_BATCH, SHARED_BATCH // world // accumulation, rank, world)
+    with pytest.MonkeyPatch.context() as patch:  # fewer at a time: it looks ahead, and the test does not
+        patch.setattr(stream_module, "_PLANNED_PLACES", 1)
+        plans = list(itertools.islice(_plans(order, lanes, shares, step), accumulation))
+    mine = slice(rank * SHARED_BATCH // world, (rank + 1) * SHARED_BATCH // world)
+    assert np.array_equal(np.concatenate([plan.samples for plan in plans]), alone[mine])
+    assert {plan.epoch for plan in plans} == {epoch}
+
+
+@dataclass(frozen=True)
+class ShapeBatch(Batch):
+    points: Float[Tensor, "b p 3"]
+    visibility: Bool[Tensor, "b p v"]
+    label: Int64[Tensor, " b"]
 
 
 @pytest.fixture(scope="module")
-def labels_url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Labels alone, of more rows than a batch for sixteen processes."""
-    folder = str(tmp_path_factory.mktemp("labels") / "store")
-    write_small_store(folder, small_attributes(900, block_rows=64), ["label", "split", "id"])
+def shapes_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """More rows than a batch for sixteen processes."""
+    folder = str(tmp_path_factory.mktemp("shapes") / "store")
+    fields = ["points", "visibility", "label", "split", "id"]
+    write_small_store(folder, small_attributes(900, block_rows=64), fields)
     return folder
 
 
 @given(st.sampled_from(EVERY_WORLD), st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None)
 def test_whatever_world_and_threads_read_on_from_any_position_the_bytes_are_the_same(
-    labels_url: str, monkeypatch: pytest.MonkeyPatch, world: int, step: int, num_readers: int, prefetch: int, seed: int
+    shapes_url: str, world: int, step: int, num_readers: int, prefetch: int, seed: int
 ) -> None:
-    monkeypatch.setattr(stream_module, "_LOCAL_READERS", num_readers)
-    stored = open_store(labels_url).read("label", range(900))
+    store = open_store(shapes_url)
+    stored = {name: store.read(name, range(900)) for name in ("points", "visibility", "label")}
 
-    def part(rank: int, world: int) -> list[LabelBatch]:
+    def part(rank: int, world: int) -> list[ShapeBatch]:
         settings = {"prefetch_batches": prefetch, "global_batch": SHARED_BATCH, "micro_batch": SHARED_BATCH // world}
-        with stream_of(
-            labels_url, rank=rank, world_size=world, seed=seed, start=step * SHARED_BATCH, **settings
-        ) as stream:
+        where = {"rank": rank, "world_size": world, "seed": seed, "start": step * SHARED_BATCH}
+        with stream_of(shapes_url, ShapeBatch, **where, **settings) as stream:
             return [batch for step in stream.steps(2) for batch in step]
 
-    alone, shared = part(0, 1), [part(rank, world) for rank in range(world)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream_module, "_FEWEST_LOCAL_READERS", num_readers)
+        patch.setattr(stream_module, "_MOST_LOCAL_READERS", num_readers)
+        alone, shared = part(0, 1), [part(rank, world) for rank in range(world)]
     for number, whole in enumerate(alone):
-        for name in ("ids", "seeds", "label"):
+        for name in ("ids", "seeds", *stored):
             parts = torch.cat([getattr(batches[number], name) for batches in shared])
             assert torch.equal(parts, getattr(whole, name))
-        assert np.array_equal(whole.label, stored[whole.ids])
+        for name, rows in stored.items():
+            assert np.array_equal(getattr(whole, name), rows[whole.ids])
 
 
 def test_a_thousand_million_samples_open_and_seek_in_little_memory_at_any_position() -> None:
@@ -426,7 +452,8 @@ def test_decoded_units_stay_within_the_bound_and_are_read_about_once_an_epoch(
     url: str, lanes: int, window_units: int
 ) -> None:
     limit_bytes = 2 * lanes * window_units * 16 * row_bytes(url)
-    beside_bytes = (16 + 3 * 4) * 1.5 * row_bytes(url)  # a unit that is being read, and three batches of four
+    # a unit that is being read; of batches of four one ahead, one that is gathered, and those of the consumer's two steps
+    beside_bytes = (16 + (2 + 2 * 6) * 4) * 1.5 * row_bytes(url)
     memory_gib = (limit_bytes + beside_bytes) / GIB
     settings = {"memory_gib": memory_gib, "lanes": lanes, "window_units": window_units}
     with stream_of(url, WholeBatch, teacher="teacher", **settings) as stream:
@@ -454,12 +481,12 @@ def test_ranks_share_the_reading(tmp_path: Path, world_size: int) -> None:
     read = []
     for rank in range(world_size):
         with stream_of(folder, rank=rank, **settings) as stream:
-            list(stream.steps(stream.steps_per_epoch))
+            list(stream.steps(3 * stream.steps_per_epoch))
             read.append(stream.units_read)
             num_units = -(-stream.num_samples // 16)
-    # where a lane begins or ends, its neighbour reads too; and each rank has begun with the next epoch
-    assert sum(read) <= num_units + 2 * 8
-    assert max(read) <= num_units / world_size + 8
+    # where a lane begins or ends, its neighbour reads too; and each rank has begun with the next epoch, some windows a lane
+    assert sum(read) <= 3 * (num_units + 2 * 8) + 4 * 8
+    assert max(read) <= 3 * (num_units / world_size + 8) + 4 * 8 / world_size
 
 
 def test_only_some_classes_or_every_so_manyth_shape_can_be_read(url: str) -> None:
@@ -503,26 +530,114 @@ def test_a_padded_epoch_ends_with_a_whole_batch_that_repeats_a_few(url: str, wor
         assert times.max() == 2
 
 
-def test_the_process_takes_no_more_memory_than_the_bound_and_what_is_on_its_way(tmp_path: Path) -> None:
+def test_a_process_reads_within_its_bound_where_the_system_gives_no_more(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    attributes = small_attributes(600, block_rows=64, points_per_shape=12_288, splits=("train",))
+    write_small_store(str(folder), attributes, fields=["points", "split", "id"])  # 88 MB
+    program = tmp_path / "read.py"
+    program.write_text(READ_UNDER_A_LIMIT)
+
+    def read(bound_mib: int, allowed_mib: int) -> "subprocess.CompletedProcess[str]":
+        arguments = json.dumps({"store": str(folder), "bound_mib": bound_mib, "allowed_mib": allowed_mib})
+        return subprocess.run([sys.executable, program, arguments], capture_output=True, text=True, timeout=100)
+
+    # beside samples: what Python, threads and their heaps take while they work
+    within = read(bound_mib=48, allowed_mib=56)
+    assert within.returncode == 0, within.stderr
+    assert int(within.stdout) == 2 * (len(open_store(folder).rows("train")) // 16) * 16
+    beyond = read(bound_mib=96, allowed_mib=56)
+    assert beyond.returncode != 0 and "MemoryError" in beyond.stderr, "this limit stops a stream that takes more"
+
+
+READ_UNDER_A_LIMIT = """
+import json, resource, sys, threading
+from dataclasses import dataclass
+from torch import Tensor
+from datastore.batch import Batch
+from datastore.stream import StreamConfig, open_stream
+
+@dataclass(frozen=True)
+class PointsBatch(Batch):
+    points: Tensor
+
+asked = json.loads(sys.argv[1])
+threading.stack_size(2**18)
+
+def opened(bound_mib):
+    config = StreamConfig(store_url=asked["store"], lanes=2, unit_samples=16, memory_gib=bound_mib / 1024)
+    return open_stream(
+        config, PointsBatch, teacher=None, global_batch=16, micro_batch=16, rank=0, world_size=1, seed=0
+    )
+
+with opened(32) as stream:  # whatever is loaded and allocated once
+    list(stream.steps(3))
+data_kib = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
+limit = (data_kib << 10) + (asked["allowed_mib"] << 20)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+with opened(asked["bound_mib"]) as stream:
+    read = sum(len(batch.ids) for step in stream.steps(2 * stream.steps_per_epoch) for batch in step)
+    assert 0 < stream.memory_bytes <= asked["bound_mib"] << 20, stream.memory_bytes
+print(read)
+"""
+
+
+def test_all_memory_for_samples_is_counted_and_stays_within_the_bound(tmp_path: Path) -> None:
     folder = str(tmp_path / "store")
     write_small_store(
         folder, small_attributes(600, block_rows=64, points_per_shape=2048), fields=["points", "split", "id"]
     )
-    total_bytes = 400 * 2048 * 12
-
-    @dataclass(frozen=True)
-    class PointsBatch(Batch):
-        points: Tensor
-
-    limit_bytes = total_bytes / 2
-    with stream_of(folder, PointsBatch, lanes=2, unit_samples=16, memory_gib=limit_bytes / GIB) as stream:
+    limit_bytes = 600 * 2048 * 12 / 2
+    settings = {"lanes": 2, "unit_samples": 16, "memory_gib": limit_bytes / GIB}
+    with stream_of(folder, PointsBatch, micro_batch=3, **settings) as stream:
         tracemalloc.start()
-        for _ in stream.steps(2 * stream.steps_per_epoch):
-            pass
+        highest = 0
+        for _ in stream.steps(2 * stream.steps_per_epoch):  # holds each step until it has the next one
+            highest = max(highest, stream.memory_bytes)
         _, peak_bytes = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-    # sizes are rounded up, by an eighth at most; and there are indices of shards, plans, and Python's own objects
-    assert peak_bytes < limit_bytes * 9 / 8 + 800_000
+    assert 0 < highest <= limit_bytes
+    # beside samples there are indices of shards, plans, and Python's own objects
+    assert peak_bytes < limit_bytes + 800_000
+
+
+def test_a_micro_batch_that_crosses_several_windows_of_a_lane_finds_room_for_all(url: str) -> None:
+    settings = {"lanes": 1, "unit_samples": 4, "micro_batch": 24}
+    needed = 0.0
+    for _ in range(20):  # as little memory as is not refused
+        try:
+            with stream_of(url, WholeBatch, teacher="teacher", memory_gib=needed / GIB or 1e-6, **settings) as stream:
+                ids = [batch.ids for step in stream.steps(stream.steps_per_epoch) for batch in step]
+            break
+        except AskedWrongly:
+            needed = max(1.2 * needed, 20_000.0)
+    assert len(torch.cat(ids).unique()) == len(ids) * 24
+
+
+def test_micro_batches_of_a_whole_step_are_made_ready_ahead(url: str) -> None:
+    with stream_of(url, micro_batch=1, prefetch_batches=1) as stream:  # 24 of them a step
+        next(stream.steps(1))
+        deadline = time.monotonic() + 20
+        while stream.batches_ready < GLOBAL_BATCH and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert stream.batches_ready >= GLOBAL_BATCH
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_ranks_and_later_starts_see_the_manifest_that_they_are_told(tmp_path: Path, world_size: int) -> None:
+    growing = str(tmp_path / "store")
+    store = create_store(growing, small_attributes(200, block_rows=16), ["label", "split", "id"])
+    write_blocks(store, range(7))
+    publish(store)
+    number = open_store(growing).manifest.number
+    alone = ids_of(growing, 8)
+    write_blocks(store, range(7, 13))
+    publish(store)
+    again = {"manifest": number, "world_size": world_size}
+    parts = [ids_of(growing, 5, rank=rank, start=3 * GLOBAL_BATCH, **again) for rank in range(world_size)]
+    assert np.array_equal(np.concatenate(parts, axis=1), alone[3:])
+    assert not np.array_equal(ids_of(growing, 5, start=3 * GLOBAL_BATCH), alone[3:])
+    with pytest.raises(StoreError, match=r"has no .*00000099.json any more, which this run began with"):
+        ids_of(growing, 1, manifest=99)
 
 
 def test_windows_that_do_not_fit_are_refused_with_what_would(url: str) -> None:
