@@ -3,9 +3,12 @@
 import argparse
 import sys
 import time
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from datastore.errors import EXIT_DONE, AskedWrongly, ViewpointError
+
+if TYPE_CHECKING:
+    from trainer.runfolder import RunFolder
 
 HELP = "stop a run after a checkpoint; the same launch goes on later"
 
@@ -18,6 +21,7 @@ It is what Ctrl-C in the launch's terminal does, from anywhere that reaches the 
 """
 
 _POLL_SECONDS: Final = 0.5
+_ALL_HEARD_SECONDS: Final = 12.0  # pods that share a stage out look for a request every five seconds, each for itself
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +50,12 @@ def run(arguments: argparse.Namespace) -> int:
     folder.write_text(STOP_REQUESTED, f"{time.time()}\n")
     print(f"viewpoint: asked {holder} to save and stop", file=sys.stderr)
     deadline = time.monotonic() + arguments.timeout
-    while holder_of(folder) is not None:
+    gone_since: float | None = None
+    while not _has_stopped(folder, gone_since):
+        if holder_of(folder) is not None:
+            gone_since = None
+        elif gone_since is None:
+            gone_since = time.monotonic()
         if time.monotonic() > deadline:
             raise ViewpointError(
                 f"{folder.url} has not stopped within {arguments.timeout:.0f} s. It was asked and may still do it: "
@@ -54,5 +63,18 @@ def run(arguments: argparse.Namespace) -> int:
                 f"once, without a checkpoint."
             )
         time.sleep(_POLL_SECONDS)
+    folder.remove(STOP_REQUESTED)  # or it would stop the next start
     print(f"viewpoint: {folder.url} has stopped; the command that launched it goes on from there", file=sys.stderr)
     return EXIT_DONE
+
+
+def _has_stopped(folder: "RunFolder", gone_since: float | None) -> bool:
+    """Whether nobody works on the run any more: whoever is the last to stop takes the request back.
+
+    Parts of a stage cannot know who is the last: they count as stopped when nobody has been there for a while.
+    """
+    if gone_since is None:
+        return False
+    from launcher.stop import STOP_REQUESTED
+
+    return folder.read_text(STOP_REQUESTED) is None or time.monotonic() - gone_since > _ALL_HEARD_SECONDS

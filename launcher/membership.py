@@ -158,6 +158,7 @@ class Membership:
         self._before = generation
         self._cancelled: int | None = None  # the exit code of a job that shall save and end
         self.is_stopping = False  # the whole job was told to stop: nothing is formed any more
+        self._is_paused = False
         self._rules, self._progress, self._on_event = rules, progress, on_event
         self._agents: dict[int, _Agent] = {}
         self._changed_at = 0.0  # when the nodes that are there changed, or what they do
@@ -213,6 +214,18 @@ class Membership:
         """All nodes save; then the job ends with this code."""
         self._cancelled = code
 
+    def pause(self) -> None:
+        """All nodes save and wait: whoever decides here is about to leave, and its successor forms the next world."""
+        self._is_paused = True
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no node of the world is at work any more."""
+        return not any(
+            self._is_member(agent) and not agent.is_lost and not self._is_ready(agent)
+            for agent in self._agents.values()
+        )
+
     def is_history(self, node: int) -> bool:
         """Whether the node's agent worked in an older world than the one that counts: its end says nothing of the job."""
         agents = [agent for agent in self._agents.values() if agent.node == node]
@@ -239,9 +252,9 @@ class Membership:
                 self._lose(agent, f"silent for {self._rules.silence_seconds:g} s")
         if self.order.end is None and self.order.members:
             self._judge_world(now)
-            if self._cancelled is not None and self.order.end is None:
+            if (self._cancelled is not None or self._is_paused) and self.order.end is None:
                 self._call("after_saving", now)
-        if self.order.end is None and (self.order.restart or not self.order.members):
+        if self.order.end is None and not self._is_paused and (self.order.restart or not self.order.members):
             self._gather(now)
         return self.order
 

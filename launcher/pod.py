@@ -71,6 +71,7 @@ _POLL_SECONDS: Final = 0.2
 _TICK_SECONDS: Final = 0.1
 _LOOK_SECONDS: Final = 5.0  # between looks into the run folder: one request each
 _AGAIN_SECONDS: Final = 1.0  # before what was killed is started again
+_SAVING_SECONDS: Final = 140.0  # that all nodes have to save when the store's pod is told to stop; agents give 120
 _FAREWELL_SECONDS: Final = 15.0  # for all agents to hear how the job ended
 _SILENT_SECONDS: Final = 2.0  # after which an agent has heard it
 _PROGRESS_SECONDS: Final = 10.0  # between lines that say how far it is
@@ -328,12 +329,14 @@ def run_node(pod: Pod, told: Told, *, holds_store: bool) -> int:
             if told.number is not None and not passed_on:
                 passed_on = True
                 agent.send(signal.SIGTERM)
+                if store is not None:
+                    store.send(signal.SIGTERM)  # all save with this node, and wait for the successor of both
             code = agent.tick(again=told.number is None)
             if code is not None:
                 break
             if store is not None:
                 ended = store.tick(again=told.number is None)
-                if ended is not None and ended != EXIT_DONE:
+                if ended is not None and ended != EXIT_DONE and told.number is None:
                     agent.send(signal.SIGTERM)
                     agent.end(_FAREWELL_SECONDS)
                     code = ended
@@ -357,8 +360,6 @@ def run_node(pod: Pod, told: Told, *, holds_store: bool) -> int:
     finally:
         pod.ready_file.unlink(missing_ok=True)
         if store is not None:
-            if told.number is not None:
-                store.send(signal.SIGTERM)
             store.end(_FAREWELL_SECONDS)  # it ends when all have heard how the job ended
         output.pass_on(is_last=True)
         tolerating(lambda: upload_logs(pod), "keep this pod's logs in the run folder", None)
@@ -371,7 +372,7 @@ def run_part(pod: Pod, told: Told) -> int:
     work.start()
     pod.ready_file.touch()
     run = watched_run(pod)
-    sign = Sign(run, pod.job) if run is not None and pod.index == 0 else None
+    sign = Sign(run, pod.job) if run is not None else None
     passed_on = is_cancelled = False
     looked_at = 0.0
     while (code := work.tick(again=False)) is None:
@@ -401,7 +402,10 @@ def store_words(own: Sequence[str]) -> tuple[str, ...]:
 
 
 def hold_store(pod: Pod, told: Told) -> int:
-    """Holds the store and decides who is in the world until the job has ended; 0 then."""
+    """Holds the store and decides who is in the world until the job has ended; 0 then.
+
+    Told to stop, it has all nodes save, and leaves when they have: they wait in place for its successor.
+    """
     from launcher.membership import Membership, Rules
     from launcher.rendezvous import Host, RendezvousStore
     from launcher.spec import node_counts_for
@@ -431,6 +435,7 @@ def hold_store(pod: Pod, told: Told) -> int:
     # nodes that knew this pod's predecessor must see that its successor's worlds are others: they are numbered by time
     membership = Membership(rules, progress=keep.committed, on_event=keep.event, generation=int(time.time()))
     port = int(pod.rendezvous.rpartition(":")[2])
+    leave_at: float | None = None
     with ExitStack() as held:
         store = held.enter_context(RendezvousStore(port, host=pod.address))
         host = Host(store, pod.job, membership)
@@ -439,7 +444,11 @@ def hold_store(pod: Pod, told: Told) -> int:
             host.tick()
             keep.look(membership)
             if told.number is not None:
-                return EXIT_STOPPED
+                if leave_at is None:
+                    membership.pause()
+                    leave_at = time.monotonic() + _SAVING_SECONDS
+                elif membership.is_idle or time.monotonic() > leave_at:
+                    return EXIT_STOPPED
             time.sleep(_TICK_SECONDS)
         deadline = time.monotonic() + _FAREWELL_SECONDS
         while time.monotonic() < deadline and membership.heard_within(_SILENT_SECONDS, time.monotonic()):
@@ -449,14 +458,17 @@ def hold_store(pod: Pod, told: Told) -> int:
 
 
 class Sign:
-    """The note in a run's folder by which `viewpoint status` and `cancel` know that a pod works on it."""
+    """The note in a run's folder by which `viewpoint status` and `cancel` know that a pod works on it.
+
+    Any pod of a job puts it there, where no other one's is: when the one that did has ended, the next one does.
+    """
 
     def __init__(self, run: "RunFolder", step: str) -> None:
         self._run, self._step = run, step
         self._presence: Presence | None = None
 
     def show(self) -> None:
-        """Puts it there, and keeps it fresh. Where somebody else's is, ours comes when that has gone stale."""
+        """Puts it there, and keeps it fresh. Where somebody else's is, ours comes when that is gone or stale."""
         if self._presence is None:
             self._presence = tolerating(self._enter, "say that this run is worked on", None)
         else:
@@ -468,10 +480,13 @@ class Sign:
             presence = self._presence
             tolerating(lambda: presence.__exit__(None, None, None), "say that nobody works on this run", None)
 
-    def _enter(self) -> "Presence":
-        from launcher.presence import Presence
+    def _enter(self) -> "Presence | None":
+        from launcher.presence import HeldError, Presence
 
-        presence = Presence(self._run).__enter__()
+        try:
+            presence = Presence(self._run).__enter__()
+        except HeldError:
+            return None
         presence.enter_step(f"{self._step} on a cluster")
         return presence
 

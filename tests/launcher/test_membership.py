@@ -494,3 +494,18 @@ def test_a_node_whose_world_is_history_does_not_end_the_job_for_good() -> None:
     assert not story.membership.is_history(0)
     story.say(0, phase="leaving", exit_code=EXIT_DO_NOT_RETRY)
     assert story.after(0.1).end == EXIT_DO_NOT_RETRY
+
+
+def test_who_decides_may_leave_once_all_have_saved_and_forms_nothing_meanwhile() -> None:
+    story = started(leavers_return=True)
+    assert not story.membership.is_idle
+    story.membership.pause()
+    assert story.after(0.1).restart == "after_saving"
+    story.fail(0, "saved", EXIT_STOPPED)
+    story.fail(1, "saved", EXIT_STOPPED)
+    story.after(5)
+    assert not story.membership.is_idle, "node 2 saves still"
+    story.fail(2, "saved", EXIT_STOPPED)
+    story.after(5)
+    assert story.membership.is_idle
+    assert (story.order.generation, story.order.end) == (1, None), "the successor's worlds are for it to form"

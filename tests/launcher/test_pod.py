@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import sys
 import threading
 import time
@@ -13,13 +14,15 @@ import pytest
 from datastore.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, AskedWrongly, DoNotRetry
 from launcher import pod
 from launcher.command import Command, worker_words
-from launcher.membership import Membership, Rules
+from launcher.link import Link
+from launcher.membership import Failure, Membership, Report, Rules
 from launcher.pod import (
     EXIT_CANCELLED,
     Keeper,
     Kept,
     Output,
     Pod,
+    Sign,
     Told,
     agent_command,
     interface_of,
@@ -31,7 +34,7 @@ from launcher.pod import (
 )
 from launcher.presence import holder_of
 from launcher.stop import STOP_REQUESTED
-from tests.runs import write_corpus
+from tests.runs import tiny_config, write_corpus
 from trainer.runfolder import RunFolder
 
 RUN = "s3://b/runs/a"
@@ -263,6 +266,64 @@ def test_how_far_it_is_is_said_now_and_then_and_at_the_end(tmp_path: Path) -> No
     for done in (1, 2, 3, 9):
         at(done)
     assert lines == ["11%  1/9 steps  loss 0.5", "100%  9/9 steps  loss 0.5"]
+
+
+def test_the_parts_of_a_stage_hold_the_run_one_after_the_other_and_all_hear_a_cancel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Told, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pod, "_LOOK_SECONDS", 0.1)
+    run = RunFolder(str(tmp_path / "run"))
+    first, second = Sign(run, "ingest"), Sign(run, "ingest")
+    first.show()
+    second.show()
+    assert "could not" not in caplog.text, "that another part is there is as it should be"
+    first.remove()
+    assert holder_of(run) is None
+    second.show()
+    assert holder_of(run) is not None
+    second.remove()
+    monkeypatch.setattr(pod, "part_command", lambda _: python(SAVES))
+    part = made("--index=1", "--nodes=2", "--", "ingest", "a", "b", scratch=tmp_path, run_folder=run.url)
+    run.write_text(STOP_REQUESTED, "now")
+    assert pod.run_part(part, told) == EXIT_CANCELLED
+    assert run.read_text(STOP_REQUESTED) is not None, "another part may not have heard it yet"
+
+
+def test_whoever_holds_the_store_and_is_told_to_stop_has_all_save_and_leaves_them_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Told
+) -> None:
+    run = RunFolder(str(tmp_path / "run"))
+    run.write_config(tiny_config("unused", global_batch=2))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    node = made(
+        "--nodes=1", f"--rendezvous=127.0.0.1:{port}", "--", "pretrain",
+        f"--config={run.url}/config.yaml", f"--run={run.url}", scratch=tmp_path,
+    )  # fmt: skip
+    link = Link(f"127.0.0.1:{port}", "job", 0, "127.0.0.1", give_up_seconds=2.0)
+    orders: list[str] = []
+
+    def be_an_agent() -> None:
+        link.start()
+        link.say(Report("ready", 0, 1))
+        while not link.order.members:
+            time.sleep(0.02)
+        link.say(Report("running", link.order.generation))
+        time.sleep(0.3)
+        told.number = signal.SIGTERM
+        while not link.order.restart:
+            time.sleep(0.02)
+        orders.append(link.order.restart)
+        time.sleep(0.3)
+        link.say(Report("ready", link.order.generation, 1, (Failure(0, EXIT_STOPPED, "saved"),)))
+
+    thread = threading.Thread(target=be_an_agent)
+    thread.start()
+    assert pod.hold_store(node, told) == EXIT_STOPPED
+    thread.join()
+    assert orders == ["after_saving"]
+    assert (link.order.end, len(link.order.members)) == (None, 1), "it waits in place, and is in no other world"
+    link.close()
 
 
 def test_a_pod_that_comes_to_a_finished_run_has_nothing_to_do(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from datastore.errors import EXIT_ASKED_WRONGLY, EXIT_DONE
+from launcher import cancel
 from launcher.__main__ import main
 from launcher.presence import Presence
 from launcher.runs import COMPLETE
@@ -96,6 +97,7 @@ def test_cancel_asks_the_launcher_and_waits_until_it_has_stopped(
             while run.read_text(STOP_REQUESTED) is None:
                 time.sleep(0.02)
             time.sleep(0.3)  # saving
+            run.remove(STOP_REQUESTED)
 
     working = threading.Event()
     launcher = threading.Thread(target=work_until_asked)
@@ -106,3 +108,30 @@ def test_cancel_asks_the_launcher_and_waits_until_it_has_stopped(
     assert time.monotonic() - started >= 0.3
     launcher.join()
     assert "has stopped" in capsys.readouterr().err
+
+
+def test_cancel_waits_for_all_parts_of_a_stage_and_takes_its_request_back(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cancel, "_ALL_HEARD_SECONDS", 1.0)
+    monkeypatch.setattr(cancel, "_POLL_SECONDS", 0.05)
+    ended: list[int] = []
+
+    def be_two_parts() -> None:
+        for part in range(2):
+            with Presence(run):
+                working.set()
+                while run.read_text(STOP_REQUESTED) is None:
+                    time.sleep(0.02)
+                time.sleep(0.2)
+            ended.append(part)
+            time.sleep(0.2)  # until the next one looks
+
+    working = threading.Event()
+    parts = threading.Thread(target=be_two_parts)
+    parts.start()
+    working.wait()
+    assert main(["cancel", run.url]) == EXIT_DONE
+    assert ended == [0, 1]
+    parts.join()
+    assert run.read_text(STOP_REQUESTED) is None, "the next start is not stopped by it"
