@@ -1,0 +1,98 @@
+"""A site for tests: an object store that pods reach, the overlay that says where it is, and a namespace with its secret."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from tests.cluster.double import Double
+from tests.cluster.refusals import Document
+from tests.s3_server import KEY_ID, SECRET_KEY
+
+ROOT: Final = Path(__file__).parent.parent.parent
+NAMESPACE: Final = "viewpoint"
+IMAGE: Final = "registry.local/viewpoint:0.1.0"
+IMAGE_ENVIRONMENT: Final = {"HOME": "/tmp", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+"""As k8s/image/Dockerfile has it."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A double with all that k8s/ asks of a site."""
+
+    double: Double
+    manifest: Path  # a folder that kustomize builds
+    environment: Mapping[str, str]  # of processes that shall speak to it
+
+    def kubectl(self, *words: str, given: str | None = None) -> str:
+        """What kubectl prints."""
+        done = subprocess.run(
+            ["kubectl", *words], env=self.environment, input=given, capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"`kubectl {' '.join(words)}` failed: {done.stderr.strip()}")
+        return done.stdout
+
+    def get(self, *words: str) -> Any:
+        """Objects, as kubectl gets them."""
+        return json.loads(self.kubectl("get", "--output=json", *words))
+
+    def pods(self, job: str) -> list[Document]:
+        """A Job's pods by their number, the newest last."""
+        found: list[Document] = self.get("pods", "--selector", f"job-name={job}")["items"]
+        return sorted(found, key=lambda pod: (pod["spec"]["hostname"], pod["metadata"]["creationTimestamp"]))
+
+    def launch(self, *words: str, folder: Path) -> "subprocess.Popen[str]":
+        """`viewpoint launch ... --on k8s` with this site's manifest, begun."""
+        command = [
+            sys.executable, "-m", "launcher", "launch", *words,
+            "--on", "k8s", "--manifest", str(self.manifest), "--image", IMAGE,
+        ]  # fmt: skip
+        return subprocess.Popen(
+            command, env=self.environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+
+@contextmanager
+def running_site(folder: Path, server_url: str, **changes: Any) -> Iterator[Site]:
+    """A site whose pods reach the S3 server, which listens on loopback; `changes` are the recipe's, for kubectl's users."""
+    with Double(folder / "cluster", image_environment=IMAGE_ENVIRONMENT, namespace=NAMESPACE) as double:
+        port = int(server_url.rpartition(":")[2])
+        double.network.open_door(port)
+        site = Site(double, folder / "site", os.environ | double.api.environment)
+        write_overlay(site.manifest, f"http://{double.network.gateway}:{port}")
+        site.kubectl("create", "namespace", NAMESPACE)
+        keys = (f"--from-literal=AWS_ACCESS_KEY_ID={KEY_ID}", f"--from-literal=AWS_SECRET_ACCESS_KEY={SECRET_KEY}")
+        site.kubectl("create", "secret", "generic", "viewpoint-storage", *keys)
+        yield site
+
+
+def write_overlay(folder: Path, endpoint_url: str) -> None:
+    """k8s/overlays/s3 as this site has it: its endpoint, and one core a pod, as a machine has that four nodes share."""
+    folder.mkdir()
+    patches = [
+        patch("ConfigMap", "viewpoint-storage", "add", "/data/AWS_ENDPOINT_URL", endpoint_url),
+        patch("Job", "viewpoint-train", "replace", "/spec/template/spec/containers/0/resources/requests/cpu", "1"),
+    ]
+    overlay = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [os.path.relpath(ROOT / "k8s" / "overlays" / "s3", folder)],
+        "patches": patches,
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
+
+
+def patch(kind: str, name: str, operation: str, path: str, value: object) -> Document:
+    """One change of one object, as kustomize takes it."""
+    return {
+        "target": {"kind": kind, "name": name},
+        "patch": yaml.safe_dump([{"op": operation, "path": path, "value": value}]),
+    }
