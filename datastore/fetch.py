@@ -9,6 +9,7 @@ be kept on this machine's disk (`disk_cache.py`), and is taken from there the ne
 """
 
 import hashlib
+import math
 import random
 import statistics
 import threading
@@ -32,6 +33,7 @@ Problem = Callable[[memoryview], str | None]
 
 _TIMES_SETTLED: Final = 2  # a machine on the way, too, can hold a damaged copy; another one is asked the next time
 _LONGEST_PAUSE_SECONDS: Final = 5.0
+_LAST_PAUSE: Final = 0.9  # of the time that is left, at most: then comes the last attempt
 _NEAR_SECONDS: Final = 0.005  # to the first byte: a server on this machine or beside it
 _REMEMBERED: Final = 64
 _KEEP_BYTES: Final = 256 * 2**20
@@ -45,7 +47,7 @@ class FetchConfig(BaseModel, extra="forbid", frozen=True):
     part_mib: PositiveFloat = 8.0  # a request asks for so much at most
     requests_near: PositiveInt = 8  # under way at once, where the first byte comes within 5 ms
     requests_far: PositiveInt = 32  # and elsewhere
-    timeout_seconds: PositiveFloat = 20.0  # without a byte
+    timeout_seconds: PositiveFloat = 20.0  # in which less than 256 KiB came, unless that is all
     retry_seconds: NonNegativeFloat = 120.0  # from the first trouble with a range until it is given up
     hedge_factor: PositiveFloat = 4.0  # a request that takes so many times the usual gets a second one beside it
     hedge_least_seconds: PositiveFloat = 1.0  # but none before this
@@ -95,13 +97,27 @@ class Fetcher:
         """Whether objects are read from a disk."""
         return self._ranges.is_local
 
-    def fetch(self, name: str, start: int, end: int, problem_of: Problem, version: str = "") -> memoryview:
+    def budget(self) -> "Budget":
+        """The time for trouble that several fetches share: one shard's index and its chunks, say."""
+        return Budget(self._config.retry_seconds)
+
+    def fetch(
+        self,
+        name: str,
+        start: int,
+        end: int,
+        problem_of: Problem,
+        version: str = "",
+        budget: "Budget | None" = None,
+    ) -> memoryview:
         """The bytes of one object from `start` up to, not including, `end`, as soon as `problem_of` finds them right.
 
-        `version` tells the local cache the object from another one that had its name.
+        `version` tells the local cache the object from another one that had its name. Without a budget, the fetch has one
+        of its own.
         """
+        deadline = _Deadline(budget or self.budget())
         if self._cache is None:
-            return self._fetch(name, start, end, problem_of)
+            return self._fetch(name, start, end, problem_of, deadline)
         key = f"{self._url}/{name}?{version}#{start}-{end}"
         found = self._cache.get(key)
         if found is not None:
@@ -111,7 +127,7 @@ class Fetcher:
                     self.cache_hits += 1
                 return content
             self._cache.drop(key)
-        content = self._fetch(name, start, end, problem_of)
+        content = self._fetch(name, start, end, problem_of, deadline)
         self._cache.put(key, content)
         return content
 
@@ -121,7 +137,7 @@ class Fetcher:
             if self.is_local:
                 self._ranges.read(name, 0, Call(), memoryview(bytearray(1)))
             else:
-                self._first_answer(self._ask(name, 0, memoryview(bytearray(1))))
+                self._first_answer(self._ask(name, 0, memoryview(bytearray(1))), _Trouble(_Deadline(self.budget())))
         except Missing:
             return False
         except Refused as error:
@@ -140,7 +156,7 @@ class Fetcher:
             pool.shutdown(wait=True)
         self._ranges.close()
 
-    def _fetch(self, name: str, start: int, end: int, problem_of: Problem) -> memoryview:
+    def _fetch(self, name: str, start: int, end: int, problem_of: Problem, deadline: "_Deadline") -> memoryview:
         """The range, read again part by part where it came damaged.
 
         A part that comes twice the same is what the server holds: two transfers do not go wrong in the same way. So a
@@ -150,11 +166,11 @@ class Fetcher:
         part_bytes = end - start if self.is_local else max(1, int(self._config.part_mib * 2**20))
         whole = self.buffers.empty((end - start,), np.uint8).data  # parts are read into their places
         parts = [_Part(start + at, whole[at : at + part_bytes]) for at in range(0, end - start, part_bytes)]
-        trouble = _Trouble(self._config.retry_seconds)
+        trouble = _Trouble(deadline)
         times_settled = 0
         while True:
             asked = [part for part in parts if not part.is_settled]
-            self._read_parts(name, asked)
+            self._read_parts(name, asked, deadline)
             problem = _length_problem(sum(part.num_bytes for part in parts), start, end) or problem_of(whole)
             if problem is None:
                 return whole
@@ -168,24 +184,24 @@ class Fetcher:
                     part.forget()
             self._pause(trouble.came_damaged(problem))
 
-    def _read_parts(self, name: str, parts: "list[_Part]") -> None:
+    def _read_parts(self, name: str, parts: "list[_Part]", deadline: "_Deadline") -> None:
         """Fills some parts of a range, whether rightly or not."""
         if self.is_local:
             for part in parts:
-                part.num_bytes = self._read(name, part)
+                part.num_bytes = self._read(name, part, deadline)
             return
         requests = [self._ask(name, part.start, part.target) for part in parts]
         try:
             for part, request in zip(parts, requests, strict=True):
-                part.num_bytes = self._part(request)
+                part.num_bytes = self._part(request, deadline)
         except BaseException:
             for request in requests:
                 request.call.end()
             raise
 
-    def _read(self, name: str, part: "_Part") -> int:
+    def _read(self, name: str, part: "_Part", deadline: "_Deadline") -> int:
         """Fills a part that lies on this machine's disk."""
-        trouble = _Trouble(self._config.retry_seconds)
+        trouble = _Trouble(deadline)
         while True:
             try:
                 num_bytes, _ = self._ranges.read(name, part.start, Call(), part.target)
@@ -196,38 +212,45 @@ class Fetcher:
                 self.bytes_fetched += num_bytes
             return num_bytes
 
-    def _part(self, request: "_Request") -> int:
+    def _part(self, request: "_Request", deadline: "_Deadline") -> int:
         """The answer to a request that is under way, or to one of those that are sent after it."""
-        trouble = _Trouble(self._config.retry_seconds)
+        trouble = _Trouble(deadline)
         while True:
             try:
-                return self._first_answer(request)
+                return self._first_answer(request, trouble)
             except Refused as error:
                 if self._closed.is_set():  # which ended it
                     raise _closed() from error
                 self._pause(trouble.was_refused(error))
             request = self._ask(request.name, request.start, request.target)
 
-    def _first_answer(self, first: "_Request") -> int:
+    def _first_answer(self, first: "_Request", trouble: "_Trouble") -> int:
         """The answer to a request, or to a second one that is sent where the first takes too long.
 
         Either way, the first one's target has the bytes, and nobody writes to it any more.
         """
-        first.has_begun.wait()
-        requests = {first.answer: first}
-        done, waiting = wait(requests, max(0.0, first.began + self._tempo.patience_seconds - time.monotonic()))
-        if not done:
-            with self._counting:
-                self.hedges += 1
-            own = self.buffers.empty((len(first.target),), np.uint8).data
-            second = self._ask(first.name, first.start, own, in_place_of_another=True)
-            requests[second.answer] = second
-            waiting = set(requests)
-        while not (right := [answer for answer in done if answer.exception() is None]) and waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-        for answer in waiting:
-            requests[answer].call.end()  # or a server that hangs would keep it
-        chosen = requests[(right or list(done))[0]]
+        requests = [first]
+        try:
+            if not first.has_begun.wait(trouble.seconds_left):
+                raise trouble.is_over()
+            patience = max(0.0, first.began + self._tempo.patience_seconds - time.monotonic())
+            left = trouble.seconds_left
+            if not wait([first.answer], patience if left is None else min(patience, left)).done:
+                with self._counting:
+                    self.hedges += 1
+                own = self.buffers.empty((len(first.target),), np.uint8).data
+                requests.append(self._ask(first.name, first.start, own, in_place_of_another=True))
+            while True:
+                waiting = [request.answer for request in requests if not request.answer.done()]
+                right = [request for request in requests if request.answer.done() and not request.answer.exception()]
+                if right or not waiting:
+                    break
+                if not wait(waiting, trouble.seconds_left, FIRST_COMPLETED).done:
+                    raise trouble.is_over()
+        finally:
+            for request in requests:
+                request.call.end()  # those that still wait: a server that hangs would keep them
+        chosen = (right or requests)[0]
         num_bytes = chosen.answer.result()
         if chosen is not first:
             while not first.answer.done():
@@ -361,13 +384,65 @@ class _Tempo:
         return self._config.requests_far if far else self._config.requests_near
 
 
-class _Trouble:
-    """What went wrong with one range so far; says how long to pause before it is asked for again."""
+class Budget:
+    """How long trouble may last, from the first of it on."""
 
-    def __init__(self, retry_seconds: float) -> None:
-        self._retry_seconds = retry_seconds
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._began = math.inf
+
+    def begin(self, happened: float) -> None:
+        """The time runs, from then at the latest."""
+        self._began = min(happened, self._began)
+
+    @property
+    def seconds_spent(self) -> float:
+        """Since the first trouble."""
+        return max(0.0, time.monotonic() - self._began)
+
+    @property
+    def seconds_left(self) -> float:
+        """Until everything is given up."""
+        return max(0.0, self._seconds - self.seconds_spent)
+
+
+class _Deadline:
+    """When one fetch is given up, its reads under way too. None before it had trouble: another's does not cut it short."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._has_begun = False
+
+    def begin(self, happened: float) -> float:
+        """There was trouble; the seconds left."""
+        self._has_begun = True
+        self._budget.begin(happened)
+        return self._budget.seconds_left
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None while there was no trouble."""
+        return self._budget.seconds_left if self._has_begun else None
+
+    @property
+    def seconds_spent(self) -> float:
+        """Since the first trouble."""
+        return self._budget.seconds_spent
+
+
+class _Trouble:
+    """What went wrong with one part or range so far; says how long to pause before it is asked for again."""
+
+    def __init__(self, deadline: _Deadline) -> None:
+        self._deadline = deadline
         self._attempts = 0
-        self._began: float | None = None
+        self._problem = "it does not come"
+        self._is_last = False
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the deadline; None while there is none."""
+        return self._deadline.seconds_left
 
     def came_damaged(self, problem: str) -> float:
         """The pause; FetchFailed where it was tried for long enough."""
@@ -379,19 +454,24 @@ class _Trouble:
             raise FetchFailed(str(error), may_pass=False) from error
         return self._pause_within_budget(str(error), error.happened, error.pause_seconds)
 
+    def is_over(self) -> FetchFailed:
+        """The error where an attempt lasts longer than there is time."""
+        tried = f"{self._attempts + 1} attempts within {self._deadline.seconds_spent:.0f} s went like this"
+        return FetchFailed(f"{self._problem}; {tried}", may_pass=True)
+
     def _pause_within_budget(self, problem: str, happened: float, asked_seconds: float) -> float:
+        self._problem = problem
+        left_seconds = self._deadline.begin(happened)
+        if not left_seconds or self._is_last:
+            raise self.is_over()
         self._attempts += 1
-        now = time.monotonic()
-        self._began = happened if self._began is None else self._began
-        left_seconds = self._began + self._retry_seconds - now
-        if left_seconds <= 0:
-            tried = f"{self._attempts} attempts within {now - self._began:.0f} s went like this"
-            raise FetchFailed(f"{problem}; {tried}", may_pass=True)
         # twice as long each time, and never the same for two processes that met the same trouble
         longest = min(_LONGEST_PAUSE_SECONDS, 0.05 * 2**self._attempts)
         own_seconds = _JITTER.uniform(longest / 2, longest)
         # parts are looked at one after the other: that a later one was refused, too, may be known for a while
-        return min(left_seconds, max(0.0, happened + asked_seconds + own_seconds - now))
+        seconds = max(0.0, happened + asked_seconds + own_seconds - time.monotonic())
+        self._is_last = seconds > _LAST_PAUSE * left_seconds
+        return min(seconds, _LAST_PAUSE * left_seconds)
 
 
 def _closed() -> FetchFailed:

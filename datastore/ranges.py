@@ -8,6 +8,7 @@ same bytes through s3fs cost several times the CPU time. Everything else is read
 import email.utils
 import errno
 import http.client
+import io
 import os
 import queue
 import socket
@@ -19,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Final, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from datastore.errors import DoNotRetry
@@ -35,6 +36,7 @@ _EXPIRED_STATUS: Final = (400, 403)  # what servers say of a signature that has 
 _REGION_STATUS: Final = (301, 302, 307, 400)  # what S3 says of one that was made for another region
 # of a local file; whatever else goes wrong may pass: disks of networks come back, and other threads close files
 _FINAL_ERRORS: Final = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+_LEAST_BYTES: Final = 2**18  # that come within a time-out, or the answer's rest: else a trickle would never time out
 _WHOLE_READ_TIMEOUTS: Final = 15  # a read through fsspec shows no single bytes: so many times as long as without one
 
 T = TypeVar("T")
@@ -327,6 +329,28 @@ class _SignedRanges:
         return _Connection(url, self._timeout_seconds, self._certificates)
 
 
+class _Incoming(io.RawIOBase):
+    """What the other side sends, as long as enough of it comes."""
+
+    def __init__(self, sock: socket.socket, timeout_seconds: float) -> None:
+        self._sock, self._timeout_seconds = sock, timeout_seconds
+        self._began, self._num_bytes = time.monotonic(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        if self._num_bytes >= _LEAST_BYTES:
+            self._began, self._num_bytes = time.monotonic(), 0
+        left_seconds = self._began + self._timeout_seconds - time.monotonic()
+        if left_seconds <= 0:
+            raise TimeoutError(f"{self._num_bytes:,} bytes came within {self._timeout_seconds:g} s")
+        self._sock.settimeout(left_seconds)
+        count = self._sock.recv_into(target)
+        self._num_bytes += count
+        return count
+
+
 class _Connection(http.client.HTTPConnection):
     """A connection that another thread can wake, while it is being made too: its socket is known from the start."""
 
@@ -335,6 +359,20 @@ class _Connection(http.client.HTTPConnection):
         self._certificates = certificates
         self._timeout_seconds = timeout_seconds
         self._call = Call()
+
+    def ask(self, target: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+        """The head of the answer to a GET."""
+        if self.sock is not None:
+            self.sock.settimeout(self._timeout_seconds)  # which the answer before has used up
+        self.request("GET", target, headers=headers)
+        return self.getresponse()
+
+    def response_class(self, sock: socket.socket, **options: Any) -> http.client.HTTPResponse:  # type: ignore[override]
+        """What http.client makes of the socket, reading by way of `_Incoming`."""
+        response = http.client.HTTPResponse(sock, **options)
+        response.fp.close()
+        response.fp = io.BufferedReader(_Incoming(sock, self._timeout_seconds))
+        return response
 
     @contextmanager
     def reading_for(self, call: Call) -> Iterator[None]:
@@ -387,14 +425,12 @@ def _response(connection: _Connection, url: SplitResult, start: int, end: int, c
     headers = {"Host": url.netloc, "Range": f"bytes={start}-{end - 1}"}
     was_kept = connection.sock is not None
     try:
-        connection.request("GET", target, headers=headers)
-        return connection.getresponse()
+        return connection.ask(target, headers)
     except (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError, http.client.BadStatusLine):
         if not was_kept or call.has_ended:
             raise
     connection.close()  # servers end connections that were idle for a while: that is no trouble
-    connection.request("GET", target, headers=headers)
-    return connection.getresponse()
+    return connection.ask(target, headers)
 
 
 def _refuse_another_range(response: http.client.HTTPResponse, start: int, end: int) -> None:
