@@ -2,8 +2,10 @@
 
 import os
 import signal
+import socket
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from launcher.rendezvous import Host, RendezvousStore
 from launcher.stop import StopRequest, Urgency
 from launcher.tail import Record, Tail
 from launcher.tether import tethered
+from trainer.commits import LAUNCH_VARIABLE
 from trainer.heartbeat import read_beat
 
 POLL_SECONDS: Final = 0.1
@@ -305,24 +308,30 @@ def run_nodes(
     of nodes that can share the work.
     """
     folders = [logs / f"node-{node}" / job for node in range(layout.nodes)]
+    # other launches may work on the same run without knowing it: the fence tells their starts from those of this one
+    launch = f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
+    commands = [
+        node_command(
+            worker,
+            node=node,
+            layout=layout,
+            job=job,
+            endpoint=store.endpoint,
+            logs=folder,
+            machine=machine,
+            progress=progress,
+            place=Place(networks.address(node), INTERFACE, networks.name(node)) if networks else Place(),
+        )
+        for node, folder in enumerate(folders)
+    ]
     children = [
         Child(
             f"node {node}",
-            node_command(
-                worker,
-                node=node,
-                layout=layout,
-                job=job,
-                endpoint=store.endpoint,
-                logs=folder,
-                machine=machine,
-                progress=progress,
-                place=Place(networks.address(node), INTERFACE, networks.name(node)) if networks else Place(),
-            ),
+            replace(command, environment={**command.environment, LAUNCH_VARIABLE: launch}),
             folder / "agent.log",
             start_agent,
         )
-        for node, folder in enumerate(folders)
+        for node, (command, folder) in enumerate(zip(commands, folders, strict=True))
     ]
     rules = Rules(
         most=layout.nodes,

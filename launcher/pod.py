@@ -199,6 +199,8 @@ def pod_of(arguments: argparse.Namespace) -> Pod:
 
 def agent_command(pod: Pod, interface: str) -> Command:
     """The agent of a pod that is a node, and what its workers inherit."""
+    from trainer.commits import LAUNCH_VARIABLE
+
     layout = pod.layout
     words = (
         *AGENT_WORDS, "--endpoint", pod.rendezvous, "--job", pod.job, "--node", str(pod.index),
@@ -209,7 +211,8 @@ def agent_command(pod: Pod, interface: str) -> Command:
     environment = worker_environment(
         pod.machine, processes=layout.procs_per_node, devices=None, progress=pod.scratch / "progress"
     )
-    return Command(words, environment | {STORE_SHARING_VARIABLE: "1", "GLOO_SOCKET_IFNAME": interface})
+    mandatory = {STORE_SHARING_VARIABLE: "1", "GLOO_SOCKET_IFNAME": interface}
+    return Command(words, environment | mandatory | {LAUNCH_VARIABLE: f"the job that meets at {pod.rendezvous}"})
 
 
 def part_command(pod: Pod) -> Command:

@@ -90,6 +90,25 @@ class Restored(NamedTuple):
     damaged: tuple[str, ...] = ()
 
 
+def refuse_another_training(engine: Engine, folder: ObjectFolder, identity: Identity) -> None:
+    """DoNotRetry where the newest checkpoint is of another one; all ranks call it, before they `start`.
+
+    A start keeps older ones from committing: who is in the wrong folder must not do that to the run that goes on there.
+    """
+    refusal = ""
+    for step in reversed(committed_steps(folder) if engine.world.is_first else []):
+        try:
+            _check_same_run(read_manifest(folder, step), identity, engine, folder)
+        except DamagedCheckpointError:
+            continue
+        except DoNotRetry as error:
+            refusal = str(error)
+        break
+    refusal = gather_reports(refusal)[0]
+    if refusal:
+        raise DoNotRetry(refusal)
+
+
 def start(engine: Engine, folder: ObjectFolder) -> int:
     """The number of this start of the run, which its commits carry: older starts commit nothing any more."""
     world = engine.world

@@ -11,10 +11,12 @@ The fence: each start takes the next number. A commit is refused where a newer n
 in between that look and its creation is not believed by anybody: the newer start has written down from which step it
 went on, and what an older one commits after that step never counts. So half of a run that was cut off, and went on
 without knowing it, changes nothing; and its files have names of their own.
+A start that another launch fenced out ends for good, or two launches of one run would take it from each other for ever.
 
 Nothing here needs torch: the process that uploads imports it.
 """
 
+import os
 import re
 import shutil
 import time
@@ -29,6 +31,8 @@ from datastore.objects import ObjectFolder
 
 FORMAT: Final = 2
 MANIFEST: Final = "manifest.json"
+LAUNCH_VARIABLE: Final = "VIEWPOINT_LAUNCH"
+"""Names the launch that a process works for; without it nobody starts the process again."""
 
 _LARGEST_STALL_SHARE: Final = 0.01
 _STEP_FOLDER: Final = re.compile(r"step-(\d{8,})")
@@ -143,6 +147,7 @@ class Generation(BaseModel, frozen=True):
 
     started_at: float
     world_size: int
+    launch: str = ""  # that it belongs to; one launch starts a run again and again
     resumed_from: int | None = None  # None until its checkpoint is loaded
 
 
@@ -152,6 +157,10 @@ class DamagedCheckpointError(StoreError):
 
 class SupersededError(ViewpointError):
     """The run was started again elsewhere meanwhile; what this start does counts no more."""
+
+
+class TakenOverError(DoNotRetry):
+    """Another launch goes on with the run. Started again, this one would only take it back, and so on."""
 
 
 def step_name(step: int) -> str:
@@ -173,7 +182,8 @@ def rank_name(rank: int, world_size: int, generation: int) -> str:
 def claim_generation(folder: ObjectFolder, world_size: int) -> int:
     """The number of this start: from now on, older ones cannot commit. One rank calls it for all."""
     number = max(_generations(folder), default=0) + 1
-    content = Generation(started_at=time.time(), world_size=world_size).model_dump_json().encode()
+    facts = Generation(started_at=time.time(), world_size=world_size, launch=_own_launch())
+    content = facts.model_dump_json().encode()
     while not folder.create(_generation_name(number), content):
         number += 1
     return number
@@ -181,14 +191,21 @@ def claim_generation(folder: ObjectFolder, world_size: int) -> int:
 
 def record_resumed(folder: ObjectFolder, generation: int, world_size: int, step: int) -> None:
     """Writes down from which step a start goes on: what older ones commit beyond it does not count."""
-    facts = Generation(started_at=time.time(), world_size=world_size, resumed_from=step)
+    facts = Generation(started_at=time.time(), world_size=world_size, launch=_own_launch(), resumed_from=step)
     folder.put(_generation_name(generation), facts.model_dump_json().encode())
 
 
 def check_fence(folder: ObjectFolder, generation: int) -> None:
-    """Raises SupersededError where a newer start of the run exists."""
+    """Raises SupersededError where a newer start of the run exists, TakenOverError where that is another launch's."""
     newest = max(_generations(folder), default=0)
     if newest > generation:
+        theirs, ours = _launch_of(folder, newest), _own_launch()
+        if theirs and ours and theirs != ours:
+            raise TakenOverError(
+                f"{folder.url} belongs to start {newest} of this run, which another launch ({theirs}) began after start "
+                f"{generation} of this one ({ours}): the run goes on there, and this launch ends. To have it back, stop "
+                f"that one with `viewpoint cancel`, and repeat this command."
+            )
         raise SupersededError(
             f"{folder.url} belongs to start {newest} of this run, and this is start {generation}: it was cut off or "
             f"replaced meanwhile, and commits nothing any more. The run goes on there."
@@ -206,6 +223,7 @@ def commit(folder: ObjectFolder, manifest: Manifest) -> None:
         if manifest.step in committed_steps(folder):
             break
         folder.remove(name)  # an older start committed it after this one had gone on from an earlier step
+    check_fence(folder, manifest.generation)  # a newer start may have come, and committed it, in this moment
     raise DoNotRetry(
         f"{folder.url}/{step_name(manifest.step)} was committed by another process in the meantime: two runs write to "
         f"one folder. Stop one of them, or give it another --run name."
@@ -310,6 +328,17 @@ def _starts(folder: ObjectFolder, newer_than: int) -> dict[int, Generation]:
         with suppress(ValidationError):  # a damaged one keeps nobody out, and loses nothing
             starts[names[name]] = Generation.model_validate_json(content)
     return starts
+
+
+def _own_launch() -> str:
+    return os.environ.get(LAUNCH_VARIABLE, "")
+
+
+def _launch_of(folder: ObjectFolder, number: int) -> str:
+    try:
+        return Generation.model_validate_json(folder.read(_generation_name(number))).launch
+    except (FileNotFoundError, ValidationError):
+        return ""
 
 
 def _generation_name(number: int) -> str:

@@ -6,6 +6,7 @@ each other. Uploads have one of their own (trainer/uploader.py), and so do reads
 
 import errno
 import logging
+import mmap
 import time
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
@@ -91,6 +92,11 @@ class PatientFolder(ObjectFolder):
         """The names right below a folder."""
         once = super().names
         return self._patience.persist(lambda: once(folder), f"list {self.url}")
+
+    def put(self, name: str, content: bytes | mmap.mmap) -> None:
+        """Writes one object whole."""
+        once = super().put
+        self._patience.persist(lambda: once(name, content), f"write {self.url}/{name}")
 
     def create(self, name: str, content: bytes) -> bool:
         """Writes one object if there is none of that name. False also where its answer was lost: see `create` there."""

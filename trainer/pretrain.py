@@ -83,7 +83,7 @@ def pretrain(
 
     from datastore.layout import open_store
     from datastore.stream import open_stream
-    from trainer.checkpoint import Identity, restore, start
+    from trainer.checkpoint import Identity, refuse_another_training, restore, start
     from trainer.commits import committed_steps, due
     from trainer.distributed import gather_reports
     from trainer.engine import build_engine, split_batch
@@ -119,6 +119,7 @@ def pretrain(
         engine = closing.enter_context(build_engine(objective, config.engine, world, split))
         check_layout(engine)
         identity = Identity(config.hash(), config.to_yaml())
+        refuse_another_training(engine, checkpoints, identity)
         generation = start(engine, checkpoints)
         saver = closing.enter_context(Saver(engine, checkpoints, generation, config.checkpoint, identity))
         position, damaged = restore(engine, checkpoints, identity, generation, must_exist=must_exist)

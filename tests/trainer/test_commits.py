@@ -6,14 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datastore.errors import DoNotRetry
+from datastore.errors import EXIT_DO_NOT_RETRY, DoNotRetry
 from datastore.objects import ObjectFolder
 from trainer import commits
 from trainer.commits import (
+    LAUNCH_VARIABLE,
     CheckpointConfig,
     Manifest,
     RankFiles,
     SupersededError,
+    TakenOverError,
+    check_fence,
     claim_generation,
     commit,
     committed_steps,
@@ -72,6 +75,45 @@ def test_an_older_start_commits_nothing_once_a_newer_one_exists(folder: ObjectFo
         _save(folder, 20, first)
     _save(folder, 20, second)
     assert committed_steps(folder) == [10, 20] and read_manifest(folder, 20).generation == second
+
+
+def test_a_start_that_another_launch_fenced_out_ends_for_good(
+    folder: ObjectFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LAUNCH_VARIABLE, "process 1 on here")
+    first = claim_generation(folder, 1)
+    second = claim_generation(folder, 1)
+    record_resumed(folder, second, 1, 0)
+    with pytest.raises(SupersededError):  # the same launch: its other half goes on
+        check_fence(folder, first)
+    monkeypatch.setenv(LAUNCH_VARIABLE, "process 2 on there")
+    third = claim_generation(folder, 1)
+    record_resumed(folder, third, 1, 0)
+    monkeypatch.setenv(LAUNCH_VARIABLE, "process 1 on here")
+    with pytest.raises(TakenOverError, match=r"another launch \(process 2 on there\).*viewpoint cancel") as refused:
+        check_fence(folder, second)
+    assert refused.value.exit_code == EXIT_DO_NOT_RETRY, "or the two would take the run from each other for ever"
+    monkeypatch.setenv(LAUNCH_VARIABLE, "process 2 on there")
+    check_fence(folder, third)
+
+
+def test_a_start_that_is_fenced_out_while_it_commits_is_told_so(
+    folder: ObjectFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = claim_generation(folder, 1)
+    checked: list[int] = []
+
+    def restarted_meanwhile(folder: ObjectFolder, generation: int) -> None:
+        check_fence(folder, generation)
+        if not checked:
+            checked.append(generation)
+            second = claim_generation(folder, 1)
+            record_resumed(folder, second, 1, 0)
+            assert folder.create("step-00000010/manifest.json", _manifest(10, second).model_dump_json().encode())
+
+    monkeypatch.setattr(commits, "check_fence", restarted_meanwhile)
+    with pytest.raises(SupersededError):  # and not an error that would end the job of both
+        commit(folder, _manifest(10, first))
 
 
 def test_without_the_fence_the_older_start_would_commit(folder: ObjectFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,6 +197,16 @@ def test_a_start_waits_out_an_outage_of_its_storage(store_url: str, monkeypatch:
     assert RunFolder("memory://runs/outage").is_finished()
 
 
+def test_another_recipe_is_refused_before_it_fences_out_the_run_that_goes_on(store_url: str, tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"))
+    with joined(200) as world:
+        pretrain(_config(store_url), folder, world, threading.Event())
+    before = ObjectFolder(folder.checkpoints_url).names()
+    with joined(200) as world, pytest.raises(DoNotRetry, match="belongs to another training"):
+        pretrain(_config(store_url, seed=99), folder, world, threading.Event())
+    assert ObjectFolder(folder.checkpoints_url).names() == before, "no start of its own is written down"
+
+
 def test_a_store_that_does_not_answer_any_more_has_an_exit_code_of_its_own(
     store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
