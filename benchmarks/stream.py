@@ -58,8 +58,8 @@ CONTENDS: Final = 2.0
 
 SETTINGS: Final[dict[str, dict[str, Any]]] = {
     # Less memory than the samples take, so that an epoch is read and not remembered.
-    "points": {"memory_gib": 0.3},
-    "views": {"memory_gib": 0.75, "unit_samples": 16},
+    "points": {"memory_gib": 0.5},
+    "views": {"memory_gib": 0.9},
     "features": {"memory_gib": 0.45},
 }
 

@@ -473,6 +473,7 @@ class _UnitMemory:
     def enter_next_plan(self) -> _Plan:
         """The next micro-batch; its units are on their way, and so are as many of those after it as there is room for."""
         before: set[tuple[int, int]] = set()
+        is_first = self._entered is None
         if self._entered is not None:
             before = {(self._entered.epoch, window) for window in self._entered.windows}
             self._release(self._entered)
@@ -486,6 +487,8 @@ class _UnitMemory:
                 for unit in units:
                     loaded = unit in self._held or self._load(unit, must=True)
                     assert loaded, "_Memory saw to it that the units of one micro-batch fit"
+        if is_first:
+            return entered  # nothing shall share the machine with what the first batch waits for
         while self._to_load and (
             self._to_load[0] in self._held
             or not self._needed[self._to_load[0]]

@@ -219,12 +219,9 @@ def _cpu_seconds() -> float:
 
 
 def measure(run: Run) -> dict[str, Any]:
-    """Figures of one epoch. Rates are of all but its first quarter, in which memory and workers are still cold.
-
-    Plain GETs have nothing to warm: theirs are of the whole.
-    """
+    """Figures of one epoch. Rates are of all but its first quarter, in which memory and workers are still cold."""
     gc.collect()
-    cold = 0 if run.system == "plain" else run.num_samples * _WARMING
+    cold = run.num_samples * _WARMING
     with ExitStack() as stack, PeakMemory() as memory:
         began = time.perf_counter()
         batches = stack.enter_context(SYSTEMS[run.system.split()[0]](run))

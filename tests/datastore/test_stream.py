@@ -613,6 +613,33 @@ def test_a_micro_batch_that_crosses_several_windows_of_a_lane_finds_room_for_all
     assert len(torch.cat(ids).unique()) == len(ids) * 24
 
 
+def test_nothing_is_read_beside_what_the_first_batch_needs_until_it_is_there(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on, loaded = threading.Event(), []
+
+    def slow(samples: Any, field: str, unit: int) -> Any:
+        loaded.append(unit)
+        may_go_on.wait(20)
+        return load(samples, field, unit)
+
+    load = stream_module._Samples.load
+    monkeypatch.setattr(stream_module._Samples, "load", slow)
+    monkeypatch.setattr(stream_module, "_FEWEST_LOCAL_READERS", 8)
+    with stream_of(url, lanes=2, micro_batch=24) as stream:
+        batches = threading.Thread(target=lambda: next(stream.steps(1)))
+        batches.start()
+        time.sleep(0.2)
+        needed = set(loaded)
+        may_go_on.set()
+        batches.join()
+        assert 2 <= len(needed) <= 4  # a unit a lane, or two where a batch crosses from one to the next
+        deadline = time.monotonic() + 20
+        while len(loaded) <= 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(loaded) > 4
+
+
 def test_micro_batches_of_a_whole_step_are_made_ready_ahead(url: str) -> None:
     with stream_of(url, micro_batch=1, prefetch_batches=1) as stream:  # 24 of them a step
         next(stream.steps(1))
