@@ -1,5 +1,6 @@
 """Batch normalisation over the last axis, whatever stands before it."""
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -20,4 +21,6 @@ class RowNorm(nn.BatchNorm1d):
             normalised: Tensor = super().forward(rows)
         else:
             normalised = F.batch_norm(rows, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return normalised.view(features.shape)
+        # Not a view: an activation that overwrites one would copy it, and its gradient, as a whole
+        reshaped: Tensor = torch.ops.aten._unsafe_view(normalised, features.shape)
+        return reshaped

@@ -26,3 +26,16 @@ def test_fewer_rows_than_have_statistics_take_the_running_ones(num_rows: int) ->
     assert norm.weight.grad is not None and norm.weight.grad.isfinite().all()
     assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
     torch.testing.assert_close(found, norm.eval()(rows))
+
+
+@pytest.mark.parametrize("shape", [(8, 3), (2, 5, 3)])
+def test_an_activation_may_overwrite_what_it_returns_without_a_copy(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    features, norm = torch.randn(shape, requires_grad=True), RowNorm(3)
+    found = torch.relu_(norm(features))
+    assert "Relu" in type(found.grad_fn).__name__, "and not CopySlices"
+    found.square().sum().backward()
+    expected = features.grad
+    features.grad = None
+    torch.relu(RowNorm(3)(features)).square().sum().backward()
+    torch.testing.assert_close(features.grad, expected)
