@@ -2,6 +2,7 @@
 
 from typing import Final, Literal
 
+import torch
 from jaxtyping import Float, Float32
 from pydantic import BaseModel, PositiveFloat, PositiveInt
 from torch import Tensor
@@ -10,7 +11,7 @@ from models.ops.distances import exact_assignment, match_by_auction, matched_dis
 
 BoxNormalisation = Literal["official", "intended"]
 
-_LEAST_EXTENT: Final = 1e-6  # of a cloud whose points coincide
+_LEAST_EXTENT: Final = 1e-6  # the points of a smaller cloud coincide
 
 
 class CloudDistanceConfig(BaseModel, extra="forbid", frozen=True):
@@ -41,10 +42,16 @@ def box_normalised(points: Float[Tensor, "b n 3"], kind: BoxNormalisation) -> Fl
 
     The official code halves the lower corner too: a centred cloud comes to lie in [-3/4, 1/4] along its longest axis,
     and a cloud moved by t moves by t/2 of its extent. Gradients flow through the extent as well.
+
+    A cloud whose points coincide has no size to be divided by. It comes to the origin, of either kind: divided by a
+    least extent, the official one would lie a hundred thousand boxes away, and no other cloud of a batch would count.
     """
     points = points.float()
     low, high = points.amin(dim=1, keepdim=True), points.amax(dim=1, keepdim=True)
-    longest = (high - low).amax(dim=2, keepdim=True).clamp(min=_LEAST_EXTENT)
+    longest = (high - low).amax(dim=2, keepdim=True)
+    coincide = longest < _LEAST_EXTENT
+    longest = torch.where(coincide, 1, longest)
     margin = longest - (high - low)
-    corner = (low - margin) / 2 if kind == "official" else low - margin / 2
+    centring = low - margin / 2
+    corner = torch.where(coincide, centring, (low - margin) / 2) if kind == "official" else centring
     return (points - corner) / longest - 1 / 2

@@ -70,11 +70,14 @@ def test_a_box_has_the_gradient_of_its_extent_too(kind: BoxNormalisation) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_cloud_of_one_place_is_finite_with_its_gradient(kind: BoxNormalisation) -> None:
+def test_a_cloud_of_one_place_comes_to_the_origin(kind: BoxNormalisation) -> None:
     points = torch.full((1, 8, 3), 0.4, requires_grad=True)
-    distance = cloud_distance(points, clouds(b=1, n=8), CloudDistanceConfig(box_normalisation=kind))
-    distance.sum().backward()
-    assert points.grad is not None and torch.isfinite(points.grad).all() and torch.isfinite(distance).all()
+    torch.testing.assert_close(box_normalised(points, kind), torch.zeros(1, 8, 3))
+    for predicted, target in ((points, clouds(b=1, n=8)), (points, points), (clouds(b=1, n=8), points)):
+        distance = cloud_distance(predicted.requires_grad_(), target, CloudDistanceConfig(box_normalisation=kind))
+        (gradient,) = torch.autograd.grad(distance.sum(), predicted)
+        assert distance < 2, "as far as any other cloud, and no farther"
+        assert torch.isfinite(gradient).all() and gradient.abs().max() < 2
 
 
 @pytest.mark.parametrize("matching", ["auction", "exact"])
