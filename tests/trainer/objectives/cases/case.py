@@ -9,7 +9,7 @@ from trainer.objectives.base import Corpus
 
 CLASSES: Final = 3
 VIEWS: Final = 4
-SAMPLES: Final = 6
+SAMPLES: Final = 8  # of which four ranks have two each
 POINTS: Final = 32
 WIDTH: Final = 16  # of the teacher's features
 
@@ -23,7 +23,7 @@ CORPUS: Final = Corpus(
 
 @dataclass(frozen=True)
 class Case:
-    """One setting of an objective, and a batch that is hard on it: unequal halves, empty views, missing labels."""
+    """One setting of an objective, and a batch that is hard on it: unequal shares, empty views, missing labels."""
 
     config: Mapping[str, Any]
     batch: Callable[[], Batch]
