@@ -16,7 +16,6 @@ It is an agent of torchrun's API with a rendezvous and with workers of its own, 
 """
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -53,6 +52,7 @@ from launcher.nursery import Forked, Nursery
 from launcher.warm import stage_of
 from launcher.watchdog import Deadlines, Hang, Watch
 from trainer.heartbeat import HEARTBEAT_VARIABLE, STACKS_SIGNAL, read_beat
+from trainer.lines import append_line
 
 MONITOR_SECONDS: Final = 0.1
 LEAVE_TOGETHER_SECONDS: Final = 10.0
@@ -90,8 +90,7 @@ class EventLog:
         self._path, self._node = path, node
 
     def append(self, kind: str, **facts: Any) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps({"time": time.time(), "event": kind, "node": self._node, **facts}) + "\n")
+        append_line(self._path, {"time": time.time(), "event": kind, "node": self._node, **facts})
 
 
 def start_folder(logs: Path) -> Path:

@@ -1,14 +1,18 @@
 """Reads files of JSON lines while others still write them."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from trainer.lines import records_of
 
 Record = dict[str, Any]
 
 
 class Tail:
-    """Delivers each line of a file once; half a line waits for its end, a file that is not there yet has none."""
+    """Delivers each line of a file once; half a line waits for its end, a file that is not there yet has none.
+
+    A damaged line is left out, with a warning.
+    """
 
     def __init__(self, path: Path, *, from_end: bool = False) -> None:
         self.path = path
@@ -23,7 +27,7 @@ class Tail:
         except FileNotFoundError:
             return []
         self._offset += len(whole) + len(newline)
-        return [json.loads(line) for line in whole.splitlines() if line]
+        return records_of(whole + newline, str(self.path))
 
 
 def last_lines(path: Path, count: int) -> list[str]:

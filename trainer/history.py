@@ -6,12 +6,12 @@ process begins is `down`, or `paused` where the run had been stopped on purpose.
 its last line in metrics.jsonl.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from datastore.objects import ObjectFolder
+from trainer.lines import records_of
 
 ACCOUNT: Final = "account"
 """The key under which lines of metrics.jsonl and events keep the seconds by bucket."""
@@ -86,7 +86,8 @@ def last_metrics(run_url: str) -> list[Record]:
     names = [name for name in folder.names() if name.startswith("metrics") and name.endswith(".jsonl")]
     for name in names[-_TAIL_PARTS:]:  # the parts on object storage are named by the time at which their writer began
         size = folder.size(name) or 0
-        tail = folder.read_range(name, max(0, size - _TAIL_BYTES), size).decode(errors="replace")
-        whole = tail.rpartition("\n")[0].split("\n")[0 if size <= _TAIL_BYTES else 1 :]
-        lines += [json.loads(line) for line in whole if line]
+        tail = folder.read_range(name, max(0, size - _TAIL_BYTES), size)
+        if size > _TAIL_BYTES:
+            tail = tail.partition(b"\n")[2]  # it begins within a line
+        lines += records_of(tail, f"{run_url}/{name}")
     return lines

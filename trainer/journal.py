@@ -43,7 +43,9 @@ class Journal:
 
     def __init__(self, put: Callable[[str, str], None], writer: str) -> None:
         self._put = put
-        self._origin = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{writer}-{uuid.uuid4().hex[:6]}"
+        # tells this process's files from those of others
+        # tells this process's files from those of others
+        self.origin = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{writer}-{uuid.uuid4().hex[:6]}"
         self._parts: dict[str, _Part] = {}
         self._changing, self._putting = threading.Lock(), threading.Lock()
         self._put_at = 0.0
@@ -103,7 +105,7 @@ class Journal:
                     text = part.text + "".join(part.waiting)
                 if not taken:
                     continue
-                self._put(f"{stem}-{self._origin}-{part.number:05d}.jsonl", text)
+                self._put(f"{stem}-{self.origin}-{part.number:05d}.jsonl", text)
                 with self._changing:
                     del part.waiting[:taken]
                     part.text = text

@@ -2,8 +2,9 @@
 
     RUNS/NAME/config.yaml  network.json  events.jsonl  metrics.jsonl  logs/  checkpoints/  evaluation/  export/  report.html  arms/ARM/...
 
-Local files are appended to. Object stores cannot append, so there each process puts numbered parts of its own
-(trainer/journal.py), and readers merge them by time.
+Local files are appended to. On a disk that machines share each process appends to files of its own, as two machines'
+appends can overwrite each other. Object stores cannot append, so there each process puts numbered parts of its own
+(trainer/journal.py). Readers merge them by time, and leave damaged lines out.
 """
 
 import json
@@ -22,6 +23,7 @@ from datastore.errors import DoNotRetry
 from datastore.objects import ObjectFolder
 from trainer.config import RunConfig, read_config
 from trainer.journal import Journal
+from trainer.lines import append_line, is_shared, records_of
 
 Record = dict[str, Any]
 
@@ -178,24 +180,18 @@ class RunFolder:
             self._filesystem.rm_file(path)
 
     def _append(self, stem: str, record: Record, *, at_once: bool) -> None:
-        line = json.dumps(record) + "\n"
         if self.is_local:
-            path = self._root / f"{stem}.jsonl"
-            self._filesystem.makedirs(str(path.parent), exist_ok=True)
-            # one write to a file opened for appending: lines of several processes do not mix
-            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                os.write(descriptor, line.encode())
-            finally:
-                os.close(descriptor)
+            folder = Path(self._root)
+            folder.mkdir(parents=True, exist_ok=True)
+            own = f"-{self._journal.origin}" if is_shared(folder) else ""
+            append_line(folder / f"{stem}{own}.jsonl", record)
             return
-        self._journal.add(stem, line, at_once=at_once)
+        self._journal.add(stem, json.dumps(record) + "\n", at_once=at_once)
 
     def _read_lines(self, stem: str) -> Iterator[Record]:
-        objects, records = ObjectFolder(self.url), []
+        objects = ObjectFolder(self.url)
+        records: list[Record] = []
         names = [name for name in objects.names() if name.startswith(stem) and name.endswith(".jsonl")]
-        for _, content in sorted(objects.read_all(names).items()):
-            # a process killed while writing leaves half a line at the end: it is no record
-            whole = content.decode().rpartition("\n")[0]
-            records += [json.loads(line) for line in whole.splitlines() if line]
-        return iter(sorted(records, key=lambda record: record["time"]))
+        for name, content in sorted(objects.read_all(names).items()):
+            records += records_of(content, f"{self.url}/{name}")
+        return iter(sorted(records, key=lambda record: float(record.get("time", 0.0))))

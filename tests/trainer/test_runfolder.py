@@ -8,6 +8,7 @@ import fsspec
 import pytest
 
 from datastore.errors import DoNotRetry
+from trainer import runfolder
 from trainer.config import load_recipe
 from trainer.runfolder import RunFolder
 
@@ -160,3 +161,23 @@ def test_behind_the_training_no_line_waits_for_object_storage(monkeypatch: pytes
         may_go_on.set()
         run.flush()
         assert len(run.metrics()) == 100 and run.last_event("saved") is not None
+
+
+def test_a_damaged_line_leaves_the_others_readable(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path))
+    folder.append_event("started")
+    with (tmp_path / "events.jsonl").open("ab") as file:
+        file.write(b'{"time": 1, "ev\x00\x00\n{"time": 2, "event"')
+    folder.append_event("finished")
+    assert [event["event"] for event in folder.events()] == ["started", "finished"]
+    assert folder.is_finished()
+
+
+def test_on_a_disk_that_machines_share_each_process_has_a_file_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runfolder, "is_shared", lambda folder: True)
+    for writer in ("rank-0", "nodes"):
+        RunFolder(str(tmp_path), writer=writer).append_event(writer)
+    assert len(list(tmp_path.glob("events-*.jsonl"))) == 2
+    assert sorted(event["event"] for event in RunFolder(str(tmp_path)).events()) == ["nodes", "rank-0"]
