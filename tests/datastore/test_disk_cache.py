@@ -1,6 +1,7 @@
 """The local cache keeps what it was given or nothing, within its bound, whoever shares it and whoever is killed."""
 
 import errno
+import fcntl
 import logging
 import multiprocessing
 import os
@@ -31,14 +32,14 @@ def content_of(key: str, num_bytes: int = 20_000) -> bytes:
 
 
 def files_of(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file() and path.name != "eviction.lock"]
+    return [path for path in folder.rglob("*") if path.is_file() and path.name not in ("eviction.lock", "total")]
 
 
 def taken_bytes(folder: Path) -> int:
     total = 0
     for path in files_of(folder):
         try:
-            total += path.stat().st_size
+            total += 512 * path.stat().st_blocks  # drafts have their whole size before anything is written
         except FileNotFoundError:
             continue  # evicted, or moved to its place
     return total
@@ -227,10 +228,13 @@ def test_processes_share_a_folder_and_together_stay_within_its_bound(
 def test_what_a_thread_puts_while_another_makes_room_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, looking, done = DiskCache(tmp_path, 2**20), threading.Event(), threading.Event()
 
-    def evict(cache: DiskCache, num_bytes: int) -> None:
+    def evict(cache: DiskCache, draft: Path) -> int:
         looking.set()
         assert done.wait(10)
+        return 0
 
+    cache.put("before", b"0")
+    monkeypatch.setattr(disk_cache, "_FULL", 0)  # every put looks
     monkeypatch.setattr(DiskCache, "_evict", evict)
     first = threading.Thread(target=cache.put, args=("first", b"1" * 100))
     first.start()
@@ -239,6 +243,47 @@ def test_what_a_thread_puts_while_another_makes_room_is_kept(tmp_path: Path, mon
     done.set()
     first.join()
     assert (cache.get("first"), cache.get("second")) == (b"1" * 100, b"2" * 100)
+
+
+def test_any_number_of_processes_stays_within_the_bound(tmp_path: Path) -> None:
+    caches = [DiskCache(tmp_path, LIMIT) for _ in range(16)]
+    for number, cache in enumerate(caches):
+        cache.put(f"first-{number}", b"")  # each has looked, and the folder was empty
+    for number in range(60):
+        caches[0].put(f"{number}", content_of(f"{number}", 15_000))
+    assert taken_bytes(tmp_path) > 0.7 * LIMIT
+    for turn in range(2):
+        for number, cache in enumerate(caches):
+            cache.put(f"{turn}-{number}", content_of("", LIMIT // 64 - 1000))
+            assert taken_bytes(tmp_path) <= LIMIT
+    assert taken_bytes(tmp_path) > LIMIT / 2
+
+
+@pytest.mark.parametrize("damage", [b"x", bytes(40)])
+def test_a_total_that_is_damaged_or_gone_is_found_out_again(tmp_path: Path, damage: bytes) -> None:
+    caches = [DiskCache(tmp_path, LIMIT) for _ in range(2)]
+    for cache in caches:
+        cache.put("key", b"content")
+    for number in range(60):
+        (tmp_path / "total").write_bytes(damage)
+        caches[number % 2].put(f"{number}", content_of(f"{number}"))
+        assert taken_bytes(tmp_path) <= LIMIT
+        assert caches[0].get(f"{number}") == content_of(f"{number}")
+
+
+def test_a_process_that_is_stopped_while_it_counts_stops_no_other(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, LIMIT)
+    cache.put("before", b"content")
+    with (tmp_path / "total").open("rb") as total:
+        fcntl.flock(total, fcntl.LOCK_EX)
+        started = time.monotonic()
+        cache.put("meanwhile", b"content")
+        assert time.monotonic() - started < 2
+        assert cache.get("before") == b"content"
+        assert cache.get("meanwhile") is None
+    cache.put("after", b"content")
+    assert cache.get("after") == b"content"
+    assert list((tmp_path / "drafts").iterdir()) == []
 
 
 def test_threads_share_a_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
