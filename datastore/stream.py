@@ -26,7 +26,7 @@ from typing import Final, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from pydantic import BaseModel, PositiveFloat, PositiveInt
 
 from datastore.batch import Batch
@@ -35,6 +35,7 @@ from datastore.disk_cache import DiskCache
 from datastore.errors import AskedWrongly, StoreError, ViewpointError
 from datastore.fetch import FetchConfig, Fetcher, FetchFailed
 from datastore.layout import CorpusFacts, Rows, Store, manifest_name, newest_manifest, open_store
+from datastore.objects import ObjectFolder
 from datastore.order import Lanes, Order, Remainder, drawn_views, sample_seeds, say_worlds
 from datastore.schema import FIELDS
 from datastore.shards import LoadedRows, ShardReader
@@ -63,6 +64,7 @@ class StreamConfig(BaseModel, extra="forbid", frozen=True):
     store_url: str | None = None  # `--data` fills it in
     split: str = "train"
     classes: tuple[str, ...] | None = None  # only shapes of these; None: all, unlabelled ones too
+    shapes_url: str | None = None  # a text file of ids, one a line: only these of the shapes above. Leave it as it is
     every: PositiveInt = 1  # only each so-manyth of the shapes above
     num_points: PositiveInt | None = None  # of a shape, the first so many: they are in farthest-point order. None: all
     # A batch takes its samples from so many places of the corpus at a time. More mix better and let more processes share
@@ -654,6 +656,8 @@ def _chosen_rows(store: Store, config: StreamConfig, fetcher: Fetcher) -> Rows:
             )
         labels = [store.class_names.index(name) for name in config.classes]
         chosen = _rows_labelled(chosen, labels, ShardReader(store, store.field("label"), fetcher))
+    if config.shapes_url is not None:
+        chosen = _rows_listed(chosen, config, store)
     if config.every > 1:
         chosen = chosen.every(config.every)
     if not len(chosen):
@@ -665,11 +669,46 @@ def _chosen_rows(store: Store, config: StreamConfig, fetcher: Fetcher) -> Rows:
 
 
 def _rows_labelled(rows: Rows, labels: list[int], reader: ShardReader) -> Rows:
-    """Those of the rows whose label is one of these. Every label is read; runs of rows are kept."""
+    """Those of the rows whose label is one of these. Every label is read."""
+    return _rows_where(rows, lambda part: np.isin(reader.read(part), labels))
+
+
+def _rows_listed(rows: Rows, config: StreamConfig, store: Store) -> Rows:
+    """Those of the rows whose id is in the list. Every id is read."""
+    assert config.shapes_url is not None
+    listed = _lines(config.shapes_url)
+    seen: set[str] = set()
+
+    def is_listed(part: Int64[np.ndarray, " r"]) -> Bool[np.ndarray, " r"]:
+        ids = store.read("id", part).tolist()
+        seen.update(listed.intersection(ids))
+        return np.array([shape_id in listed for shape_id in ids])
+
+    chosen = _rows_where(rows, is_listed)
+    if missing := sorted(listed - seen):
+        raise AskedWrongly(
+            f"{config.shapes_url} lists {len(missing)} ids that are not in {_say_choice(config)} of {store.url}, such as "
+            f"{', '.join(missing[:3])}. Take them out, or choose another data.split. `viewpoint inspect {store.url}` shows ids."
+        )
+    return chosen
+
+
+def _lines(url: str) -> set[str]:
+    """The lines of a text file that say something."""
+    folder, _, name = url.rpartition("/")
+    try:
+        content = ObjectFolder(folder or ".").read(name)
+    except FileNotFoundError:
+        raise AskedWrongly(f"There is no {url} (data.shapes_url): a text file of ids, one a line.") from None
+    return {line.strip() for line in content.decode().splitlines() if line.strip()}
+
+
+def _rows_where(rows: Rows, is_chosen: Callable[[Int64[np.ndarray, " r"]], Bool[np.ndarray, " r"]]) -> Rows:
+    """Some of the rows. They are looked at in pieces; runs of rows are kept."""
 
     def chosen(first: int) -> Int64[np.ndarray, "k 2"]:
         part = rows[np.arange(first, min(first + _LABELS_AT_ONCE, len(rows)), dtype=np.int64)]
-        return Rows.of(part[np.isin(reader.read(part), labels)]).ranges
+        return Rows.of(part[is_chosen(part)]).ranges
 
     with ThreadPoolExecutor(_REMOTE_READERS, thread_name_prefix="stream-labels") as pool:
         found = list(pool.map(chosen, range(0, len(rows), _LABELS_AT_ONCE)))
@@ -680,7 +719,8 @@ def _say_choice(config: StreamConfig) -> str:
     """Which shapes are read, for people."""
     classes = "" if config.classes is None else f", classes {', '.join(config.classes)}"
     every = "" if config.every == 1 else f", every {config.every}th"
-    return f"split {config.split!r}{classes}{every}"
+    listed = "" if config.shapes_url is None else f", listed in {config.shapes_url}"
+    return f"split {config.split!r}{classes}{listed}{every}"
 
 
 def _cache(store: Store, config: StreamConfig) -> DiskCache | None:

@@ -502,6 +502,29 @@ def test_only_some_classes_or_every_so_manyth_shape_can_be_read(url: str) -> Non
     assert set(torch.cat(seen).tolist()) == set(rows[::3].tolist())
 
 
+def test_only_listed_shapes_can_be_read(url: str, tmp_path: Path) -> None:
+    store = open_store(url)
+    chosen = store.rows("train")[5:120:3]
+    listed = tmp_path / "shapes.txt"
+    listed.write_text("\n".join(["", *reversed(store.read("id", chosen).tolist()), ""]))
+    with stream_of(url, shapes_url=str(listed), global_batch=4, remainder="pad") as stream:
+        assert stream.num_samples == len(chosen)
+        seen = [batch.ids for step in stream.steps(stream.steps_per_epoch) for batch in step]
+    assert set(torch.cat(seen).tolist()) == set(chosen.tolist())
+
+
+def test_a_list_that_cannot_be_followed_is_refused(url: str, tmp_path: Path) -> None:
+    listed = tmp_path / "shapes.txt"
+    with pytest.raises(AskedWrongly, match=r"There is no .*shapes.txt \(data.shapes_url\)"):
+        stream_of(url, shapes_url=str(listed))
+    store = open_store(url)
+    listed.write_text(
+        f"{store.read('id', store.rows('test')[:1])[0]}\n{store.read('id', store.rows('train')[:1])[0]}\nno such"
+    )
+    with pytest.raises(AskedWrongly, match=r"lists 2 ids that are not in split 'train', .*, such as .*no such"):
+        stream_of(url, shapes_url=str(listed))
+
+
 def test_labels_are_looked_through_in_pieces(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(url)
     rows = store.rows("train")
