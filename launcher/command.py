@@ -10,6 +10,7 @@ from typing import Final
 from datastore.progress import PROGRESS_DIR_VARIABLE
 
 STORE_SHARING_VARIABLE: Final = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+METRICS_OFFSET_VARIABLE: Final = "VIEWPOINT_METRICS_PORT_OFFSET"  # as trainer/metrics.py reads it, which imports torch
 LOOPBACK: Final = "127.0.0.1"
 AGENT_WORDS: Final = (sys.executable, "-m", "launcher.agent")
 TRAINER_WORDS: Final = (sys.executable, "-m", "trainer")
@@ -98,10 +99,10 @@ def node_command(
     )  # fmt: skip
     devices = devices_of_node(node, layout, machine.gpus)
     environment = worker_environment(machine, processes=layout.world, devices=devices, progress=progress)
-    interface = place.interface or loopback_interface()
-    return Command(
-        (*agent, "--", *worker), environment | {STORE_SHARING_VARIABLE: "1", "GLOO_SOCKET_IFNAME": interface}
-    )
+    environment |= {STORE_SHARING_VARIABLE: "1", "GLOO_SOCKET_IFNAME": place.interface or loopback_interface()}
+    if node > 0 and place.network is None:  # nodes without networks of their own share this machine's ports
+        environment[METRICS_OFFSET_VARIABLE] = str(node * layout.procs_per_node)
+    return Command((*agent, "--", *worker), environment)
 
 
 def nursery_environment(layout: Layout, machine: Machine) -> dict[str, str]:

@@ -3,16 +3,20 @@
 Rank 0 also writes the figures of a step as a line of the run folder's metrics.jsonl, with or without an exporter.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 from pydantic import BaseModel, Field, PositiveInt
 
 from datastore.errors import DoNotRetry
 from trainer.distributed import World
 from trainer.history import goodput
+
+PORT_OFFSET_VARIABLE: Final = "VIEWPOINT_METRICS_PORT_OFFSET"
+"""How many processes of other nodes on this machine have a port before this node's first."""
 
 Bucket = Literal[
     "startup", "data_wait", "forward", "backward", "optimizer", "checkpoint", "other", "redone", "down", "paused"
@@ -23,7 +27,8 @@ Bucket = Literal[
 class MetricsConfig(BaseModel, extra="forbid", frozen=True):
     """What is written down and exported."""
 
-    # Prometheus port of local rank 0; local rank i takes port + i. None: no exporter
+    # Prometheus port of local rank 0; local rank i takes port + i, and where several nodes are on one machine, those of
+    # node n the ports after the n nodes before: with one process a node, node n takes port + n. None: no exporter
     port: int | None = Field(default=None, ge=1, le=65_000)
     every_steps: PositiveInt = 1  # between lines of metrics.jsonl
 
@@ -133,7 +138,7 @@ class Exporter:
         self._world, self._run, self._account = world, run, account
         self._server: Any = None
         if config.port is not None:
-            self._serve(config.port + world.local_rank)
+            self._serve(config.port + int(os.environ.get(PORT_OFFSET_VARIABLE, "0")) + world.local_rank)
 
     def observe(self, figures: StepFigures, samples_seen: int) -> None:
         """Takes the figures of a finished step."""
@@ -212,6 +217,6 @@ class Exporter:
         except OSError as error:
             raise DoNotRetry(
                 f"Port {port}, on which rank {self._world.rank} would export its metrics, cannot be used: {error}. "
-                f"Choose another with --set metrics.port=PORT (local rank i takes PORT + i), or none with "
+                f"Choose another with --set metrics.port=PORT (the machine's i-th process takes PORT + i), or none with "
                 f"--set metrics.port=null."
             ) from error

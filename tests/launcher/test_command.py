@@ -3,7 +3,17 @@
 import sys
 from pathlib import Path
 
-from launcher.command import Layout, Machine, devices_of_node, node_command, process_command, worker_words
+from launcher.command import (
+    METRICS_OFFSET_VARIABLE,
+    Layout,
+    Machine,
+    Place,
+    devices_of_node,
+    node_command,
+    process_command,
+    worker_words,
+)
+from trainer.metrics import PORT_OFFSET_VARIABLE
 
 PROGRESS = Path("runs/a/logs/progress/pretrain")
 
@@ -35,7 +45,22 @@ def test_the_command_of_a_node_is_its_agent_with_the_worker_behind_it() -> None:
         "MALLOC_ARENA_MAX": "1",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+        "VIEWPOINT_METRICS_PORT_OFFSET": "2",
     }
+
+
+def test_nodes_on_one_machine_have_metrics_ports_of_their_own() -> None:
+    assert METRICS_OFFSET_VARIABLE == PORT_OFFSET_VARIABLE
+
+    def offset(node: int, place: Place) -> str | None:
+        command = node_command(
+            ["w"], node=node, layout=Layout(4, procs_per_node=2), job="j", endpoint="e:1", logs=Path("l"),
+            machine=Machine(cores=2), progress=PROGRESS, place=place,
+        )  # fmt: skip
+        return command.environment.get(METRICS_OFFSET_VARIABLE)
+
+    assert [offset(node, Place()) for node in range(4)] == [None, "2", "4", "6"]
+    assert offset(3, Place("10.77.1.13", "eth0", "vp1n3")) is None
 
 
 def test_a_process_by_itself_has_all_cores() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from datastore.errors import DoNotRetry
 from trainer.distributed import World
-from trainer.metrics import Exporter, Means, MetricsConfig, Reads, StepFigures, TimeAccount
+from trainer.metrics import PORT_OFFSET_VARIABLE, Exporter, Means, MetricsConfig, Reads, StepFigures, TimeAccount
 
 
 @pytest.fixture
@@ -87,6 +87,16 @@ def test_a_scrape_finds_each_ranks_figures_on_its_own_port(port: int) -> None:
     assert "viewpoint_loss" not in second, "the loss is the same everywhere and comes from rank 0"
     for text in texts:
         assert all(line.startswith("viewpoint_") for line in text.splitlines() if not line.startswith("#"))
+
+
+def test_the_second_node_of_a_machine_takes_the_ports_after_the_first(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PORT_OFFSET_VARIABLE, "1")
+    first = Exporter(MetricsConfig(port=port - 1), World(1, 2, local_rank=0), "demo-1", TimeAccount())
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+        assert 'rank="1"' in response.read().decode()
+    first.close()
 
 
 def test_a_port_in_use_is_named_with_the_option_that_changes_it(port: int) -> None:
