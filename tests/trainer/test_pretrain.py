@@ -28,12 +28,12 @@ from datastore.errors import (
     Unavailable,
     ViewpointError,
 )
-from datastore.layout import create_teacher, open_store
+from datastore.layout import INGEST, create_store, create_teacher, open_store
 from datastore.objects import ObjectFolder
 from datastore.stream import Stream
 from datastore.write import BlockWriter, publish
 from tests.ranks import run_ranks
-from tests.stores import sample_arrays, small_teacher, write_blocks, write_small_store
+from tests.stores import sample_arrays, small_attributes, small_teacher, write_blocks, write_small_store
 from trainer.commits import committed_steps
 from trainer.config import RunConfig, read_config
 from trainer.distributed import World, joined
@@ -148,6 +148,32 @@ def test_stopping_and_resuming_gives_the_figures_of_a_straight_run_to_the_last_b
     assert [event["event"] for event in events] == ["started", "saved", "stopped", "started", "saved", "finished"]
     assert events[3]["resumed_from"] == 3 and events[3]["world"] == 2
     assert [events[0]["generation"], events[3]["generation"]] == [1, 2]
+
+
+def test_a_run_goes_on_with_what_it_saw_of_a_store_that_has_grown_meanwhile(tmp_path: Path) -> None:
+    url = str(tmp_path / "store.zarr")
+    whole = small_attributes(160)
+    fields = ("points", "views", "visibility", "pixels", "label", "split", "id")
+    scope = create_teacher(create_store(url, whole, fields), small_teacher())
+
+    def publish_blocks(blocks: range) -> None:
+        for each in (INGEST, scope):
+            write_blocks(create_store(url, whole, fields), blocks, each)
+            publish(create_store(url, whole, fields))
+
+    publish_blocks(range(2))
+    config = _config(url)
+    straight, stopped = (RunFolder(str(tmp_path / name), writer="rank-0") for name in ("straight", "stopped"))
+    with joined(200) as world:
+        pretrain(config, straight, world, threading.Event())
+    with joined(200) as world, pytest.raises(Stopped):
+        pretrain(config, stopped, world, _StopAtStep(3))
+    seen = open_store(url).manifest.number
+    publish_blocks(range(2, 5))
+    assert len(open_store(url).rows("train")) > len(open_store(url, seen).rows("train"))
+    with joined(200) as world:
+        pretrain(config, stopped, world, threading.Event())
+    assert _losses(stopped.url) == _losses(straight.url)
 
 
 def test_a_run_goes_on_with_fewer_processes_and_another_stage(store_url: str, tmp_path: Path) -> None:
