@@ -137,7 +137,7 @@ class Fetcher:
             if self.is_local:
                 self._ranges.read(name, 0, Call(), memoryview(bytearray(1)))
             else:
-                self._first_answer(self._ask(name, 0, memoryview(bytearray(1))), _Trouble(_Deadline(self.budget())))
+                self._first_answer(self._ask(name, 0, memoryview(bytearray(1))), _Deadline(self.budget()))
         except Missing:
             return False
         except Refused as error:
@@ -217,24 +217,24 @@ class Fetcher:
         trouble = _Trouble(deadline)
         while True:
             try:
-                return self._first_answer(request, trouble)
+                return self._first_answer(request, deadline)
             except Refused as error:
                 if self._closed.is_set():  # which ended it
                     raise _closed() from error
                 self._pause(trouble.was_refused(error))
             request = self._ask(request.name, request.start, request.target)
 
-    def _first_answer(self, first: "_Request", trouble: "_Trouble") -> int:
+    def _first_answer(self, first: "_Request", deadline: "_Deadline") -> int:
         """The answer to a request, or to a second one that is sent where the first takes too long.
 
         Either way, the first one's target has the bytes, and nobody writes to it any more.
         """
         requests = [first]
         try:
-            if not first.has_begun.wait(trouble.seconds_left):
-                raise trouble.is_over()
+            if not first.has_begun.wait(deadline.seconds_left):
+                raise deadline.is_over()
             patience = max(0.0, first.began + self._tempo.patience_seconds - time.monotonic())
-            left = trouble.seconds_left
+            left = deadline.seconds_left
             if not wait([first.answer], patience if left is None else min(patience, left)).done:
                 with self._counting:
                     self.hedges += 1
@@ -245,8 +245,8 @@ class Fetcher:
                 right = [request for request in requests if request.answer.done() and not request.answer.exception()]
                 if right or not waiting:
                     break
-                if not wait(waiting, trouble.seconds_left, FIRST_COMPLETED).done:
-                    raise trouble.is_over()
+                if not wait(waiting, deadline.seconds_left, FIRST_COMPLETED).done:
+                    raise deadline.is_over()
         finally:
             for request in requests:
                 request.call.end()  # those that still wait: a server that hangs would keep them
@@ -411,23 +411,25 @@ class _Deadline:
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
-        self._has_begun = False
+        self._attempts = 0
+        self._problem = ""  # the last one
 
-    def begin(self, happened: float) -> float:
+    def begin(self, problem: str, happened: float) -> float:
         """There was trouble; the seconds left."""
-        self._has_begun = True
+        self._attempts += 1
+        self._problem = problem
         self._budget.begin(happened)
         return self._budget.seconds_left
 
     @property
     def seconds_left(self) -> float | None:
         """None while there was no trouble."""
-        return self._budget.seconds_left if self._has_begun else None
+        return self._budget.seconds_left if self._attempts else None
 
-    @property
-    def seconds_spent(self) -> float:
-        """Since the first trouble."""
-        return self._budget.seconds_spent
+    def is_over(self) -> FetchFailed:
+        """The error that ends it."""
+        tried = f"{self._attempts} attempts within {self._budget.seconds_spent:.0f} s went like this"
+        return FetchFailed(f"{self._problem}; {tried}", may_pass=True)
 
 
 class _Trouble:
@@ -436,13 +438,7 @@ class _Trouble:
     def __init__(self, deadline: _Deadline) -> None:
         self._deadline = deadline
         self._attempts = 0
-        self._problem = "it does not come"
         self._is_last = False
-
-    @property
-    def seconds_left(self) -> float | None:
-        """Until the deadline; None while there is none."""
-        return self._deadline.seconds_left
 
     def came_damaged(self, problem: str) -> float:
         """The pause; FetchFailed where it was tried for long enough."""
@@ -454,16 +450,10 @@ class _Trouble:
             raise FetchFailed(str(error), may_pass=False) from error
         return self._pause_within_budget(str(error), error.happened, error.pause_seconds)
 
-    def is_over(self) -> FetchFailed:
-        """The error where an attempt lasts longer than there is time."""
-        tried = f"{self._attempts + 1} attempts within {self._deadline.seconds_spent:.0f} s went like this"
-        return FetchFailed(f"{self._problem}; {tried}", may_pass=True)
-
     def _pause_within_budget(self, problem: str, happened: float, asked_seconds: float) -> float:
-        self._problem = problem
-        left_seconds = self._deadline.begin(happened)
+        left_seconds = self._deadline.begin(problem, happened)
         if not left_seconds or self._is_last:
-            raise self.is_over()
+            raise self._deadline.is_over()
         self._attempts += 1
         # twice as long each time, and never the same for two processes that met the same trouble
         longest = min(_LONGEST_PAUSE_SECONDS, 0.05 * 2**self._attempts)

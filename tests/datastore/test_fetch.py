@@ -216,9 +216,15 @@ def test_fetches_can_share_a_budget(server: RangeServer, fetcher_of: FetcherOf) 
 def test_a_read_under_way_ends_with_the_budget(server: RangeServer, fetcher_of: FetcherOf) -> None:
     server.script = lambda number: hung if number else status(503)
     started = time.monotonic()
-    with pytest.raises(FetchFailed, match=r"HTTP 503 .*; 2 attempts within 1 s went like this"):
+    with pytest.raises(FetchFailed, match=r"HTTP 503 .*; 1 attempts within 1 s went like this"):
         fetched(fetcher_of(timeout_seconds=30.0, retry_seconds=1.0), 0, 100)
     assert time.monotonic() - started < 2.0
+
+
+def test_a_read_that_hangs_after_damage_is_given_up_for_the_damage(server: RangeServer, fetcher_of: FetcherOf) -> None:
+    server.script = lambda number: hung if number > 1 else flipped_at(number)
+    with pytest.raises(FetchFailed, match=r"its bytes come damaged: .*; 2 attempts within 1 s went like this"):
+        fetched(fetcher_of(timeout_seconds=30.0, retry_seconds=1.0), 0, 100)
 
 
 def test_a_server_that_trickles_is_one_that_hangs(server: RangeServer, fetcher_of: FetcherOf) -> None:
