@@ -27,7 +27,10 @@ from trainer.schedule import ScheduleConfig
 
 Terms = dict[str, Tensor]
 
-_LARGEST_REDUCE_BUCKET: Final = 50_000_000  # elements; deepspeed's default sets 2 GB aside on a GPU
+# Elements of gradients that are reduced together, and of weights that are gathered together at stage 3. Buffers of this
+# size lie beside the model; messages of 40 MB keep a network busy. Deepspeed's own default sets 2 GB aside
+_LARGEST_BUCKET: Final = 10_000_000
+_KEPT_SHARE: Final = 8  # stage 3: this part of the weights may stay gathered until they are used again
 _NEVER: Final = 2**62
 VECTORS: Final = "vectors"
 """The rule of `no_decay` for parameters with one axis."""
@@ -203,6 +206,9 @@ def runs_in_bf16(config: EngineConfig, device: str) -> bool:
 def _deepspeed_config(config: EngineConfig, parameters: list[nn.Parameter], split: BatchSplit) -> dict[str, Any]:
     largest = max((parameter.numel() for parameter in parameters), default=1)
     total = sum(parameter.numel() for parameter in parameters)
+    bucket = max(largest, min(total, _LARGEST_BUCKET))
+    # Deepspeed's own default keeps 10^9 weights gathered from their first use on: all of any student
+    kept = max(largest, total // _KEPT_SHARE)
     host_memory = {"device": "cpu", "pin_memory": uses_gpu()}
     return {
         "train_micro_batch_size_per_gpu": split.micro_batch,
@@ -213,7 +219,10 @@ def _deepspeed_config(config: EngineConfig, parameters: list[nn.Parameter], spli
         "zero_force_ds_cpu_optimizer": False,  # its optimizer for offloaded state would be compiled at start
         "zero_optimization": {
             "stage": config.zero_stage,
-            "reduce_bucket_size": max(largest, min(total, _LARGEST_REDUCE_BUCKET)),
+            "reduce_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_max_live_parameters": kept,
+            "stage3_max_reuse_distance": kept,
             **({"offload_optimizer": host_memory} if config.offload != "none" else {}),
             **({"offload_param": host_memory} if config.offload == "all" else {}),
         },

@@ -11,8 +11,8 @@ from datastore.errors import AskedWrongly
 from datastore.objects import ObjectFolder
 from tests.ranks import run_ranks
 from tests.trainer.savers import load, save
-from tests.trainer.toy import GLOBAL_BATCH, config_of, plain_losses, toy_engine, train
-from trainer.distributed import joined
+from tests.trainer.toy import GLOBAL_BATCH, ToyBatch, config_of, plain_losses, toy_engine, train
+from trainer.distributed import World, joined
 from trainer.engine import EngineConfig, OptimizerConfig, build_engine, split_batch
 from trainer.fragments import check_layout, masters
 
@@ -125,6 +125,34 @@ def test_a_parameter_without_axes_is_refused_by_name() -> None:
     module.temperature = torch.nn.Parameter(torch.tensor(1.0))
     with joined(timeout_seconds=20) as world, pytest.raises(ValueError, match="temperature"):
         build_engine(module, EngineConfig(), world, split_batch(2, 1, 2))
+
+
+class _Deep(torch.nn.Module):
+    """Layers that are each too large to stay whole at stage 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(*(torch.nn.Linear(320, 320, bias=False) for _ in range(16)))
+
+    def forward(self, batch: ToyBatch) -> dict[str, torch.Tensor]:
+        return {"square": self.layers(batch.points).square().mean()}
+
+
+def _weights_gathered_between_passes() -> float:
+    torch.manual_seed(0)
+    engine = build_engine(_Deep(), config_of(3), World.from_env(), split_batch(4, 2, 2))
+    batch = ToyBatch(ids=torch.arange(2), seeds=torch.arange(2), points=torch.rand(2, 320))
+    for _ in range(2):  # the first is watched to learn in which order weights are used
+        terms = engine(batch)
+        gathered = sum(weight.numel() for weight in engine.module.parameters())
+        engine.backward(terms)
+        engine.step()
+    engine.close()
+    return gathered / (16 * 320**2)
+
+
+def test_stage_3_does_not_keep_the_whole_model_once_it_was_used() -> None:
+    assert all(share <= 0.3 for share in run_ranks(_weights_gathered_between_passes))
 
 
 @pytest.mark.parametrize(
