@@ -10,6 +10,7 @@ the thread that waits there, and another thread looks for the host's successor.
 
 import json
 import logging
+import socket
 import threading
 import time
 from datetime import timedelta
@@ -141,9 +142,12 @@ class Link:
 
     def _connect(self, number: int) -> PrefixStore:
         timeout = timedelta(seconds=0.8 * self._give_up_seconds)  # a host that is not there is nothing to speak of
+        # torch would try again by itself, after longer and longer pauses, and print its own stack each time
+        socket.create_connection((self._host, self._port), self._give_up_seconds / 4).close()
         connection = TCPStore(self._host, self._port, is_master=False, wait_for_workers=False, timeout=timeout)
         store = PrefixStore(self._job, connection)
         agent = store.add(AGENTS, 1) - 1
+        self._check(number)  # one that was given up and comes in late must not stand for the node: it never speaks
         store.set(report_key(agent), self._report.to_json())
         store.set(agent_key(agent), json.dumps({"node": self._node, "address": self._address}))
         with self._changed:

@@ -9,8 +9,8 @@ from contextlib import suppress
 
 import pytest
 
-from launcher.link import Link
-from launcher.membership import Membership, Order, Rules
+from launcher.link import GivenUpError, Link
+from launcher.membership import Membership, Order, Report, Rules
 from launcher.rendezvous import Host, RendezvousStore
 
 
@@ -95,6 +95,40 @@ def test_a_connection_whose_other_end_lost_power_is_given_up_and_another_one_is_
     assert "has not answered for 1 s: connecting anew" in caplog.text
     host.tick()
     assert link.deliver(link._report, 5.0)
+
+
+def test_a_connection_that_was_given_up_and_stands_at_last_does_not_speak_for_the_node(
+    wire: tuple[Wire, Host], link_to: Callable[..., Link]
+) -> None:
+    made, host = wire
+    link = link_to(made)
+    link.start()
+    until(lambda: joined(host) == [0])
+    with pytest.raises(GivenUpError):
+        link._connect(link._carrier - 1)  # the thread of an earlier try, whose host has come only now
+    assert link.deliver(Report(phase="done"), 5.0), "what it had sent has arrived by then"
+    assert joined(host) == [0], "a later one of the same node would have replaced it"
+    assert not host.membership._agents[0].is_lost
+
+
+def joined(host: Host) -> list[int]:
+    host.tick()
+    return list(host.membership._agents)
+
+
+def test_a_host_that_comes_late_is_found_within_a_second_and_nothing_is_said_before(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    link = Link(f"127.0.0.1:{port}", "job", 0, "127.0.0.1", give_up_seconds=10.0)
+    link.start()
+    time.sleep(1.5)
+    with RendezvousStore(port) as store:
+        Host(store, "job", Membership(Rules(most=1, least=1)))
+        until(lambda: link.agent == 0 and link.silent_seconds < 0.5, 1.5)
+        link.close()
+    assert "TCPStore" not in capfd.readouterr().err, "torch's own tries come with its stack"
 
 
 def test_whatever_goes_wrong_an_agent_is_heard_of_again(
