@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from datastore.errors import EXIT_DO_NOT_RETRY, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from datastore.objects import ObjectFolder
 from launcher.chaos import Chaos, Fault, parse_chaos
 from launcher.command import Command, Layout, Machine, nursery_environment, worker_words
 from launcher.local import Outcome, Spawned, run_nodes
@@ -19,6 +20,8 @@ from launcher.nursery import Nursery
 from launcher.rendezvous import RendezvousStore
 from launcher.stop import StopRequest
 from tests.runs import tiny_config, write_corpus
+from trainer.checkpoint import load_weights
+from trainer.commits import committed_steps, read_manifest, step_name
 from trainer.runfolder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -103,8 +106,19 @@ class Run:
         recoveries = self.of_kind("recovered")
         assert recoveries
         assert max(event["lost_steps"] for event in recoveries) <= lost_steps
+        folder = ObjectFolder(self.run.checkpoints_url)
+        manifests = {step: read_manifest(folder, step) for step in committed_steps(folder)}
+        written = list(Path(self.run.checkpoints_url).glob("step-*/manifest.json"))
+        assert len(written) == len(manifests), "none that does not count: no cut-off half committed anything"
+        assert set(range(INTERVAL, self.steps + 1, INTERVAL)) <= manifests.keys()
+        generations = [manifest.generation for _, manifest in sorted(manifests.items())]
+        assert generations == sorted(generations), "no step was committed by an older start than the step before"
+        assert generations[-1] == len(self.worlds()), "the newest world's, each of which is one start"
         saved = [event["step"] for event in self.run.events() if event["event"] == "saved"]
-        assert len(saved) == len(set(saved))
+        assert len(saved) == len(set(saved)), "no step was committed twice"
+        assert set(saved) <= manifests.keys()
+        for step in (INTERVAL, self.steps):
+            load_weights(f"{folder.url}/{step_name(step)}")
 
 
 def test_a_killed_worker_costs_seconds_and_at_most_one_interval(tmp_path: Path, nursery: Nursery) -> None:
@@ -149,17 +163,13 @@ def test_a_preempted_node_that_cannot_be_spared_stops_the_job_and_the_same_comma
     assert started == [0, stopped["step"]]
 
 
-def test_a_suspended_worker_is_found_shows_its_stacks_where_it_can_and_all_go_on(
-    tmp_path: Path, nursery: Nursery
-) -> None:
+def test_a_suspended_worker_is_found_and_all_go_on(tmp_path: Path, nursery: Nursery) -> None:
     run = Run(tmp_path, nursery)
     assert run.train("hang=1@23") == Outcome(EXIT_DONE)
     run.check_promises()
     hangs = run.of_kind("hang_detected")
-    assert any(hang["is_suspended"] and hang["rank"] == 1 for hang in hangs)
+    assert [hang["rank"] for hang in hangs if hang["is_suspended"]] == [1]
     assert run.of_kind("restart")[0]["cause"] == "worker_hung"
-    waiting = [hang["log"] for hang in hangs if not hang["is_suspended"]]
-    assert all("most recent call first" in Path(log).read_text() for log in waiting)
 
 
 def test_without_the_watchdog_a_suspended_worker_is_not_found(tmp_path: Path, nursery: Nursery) -> None:
@@ -169,9 +179,13 @@ def test_without_the_watchdog_a_suspended_worker_is_not_found(tmp_path: Path, nu
     assert run.of_kind("hang_detected") == run.of_kind("recovered") == []
 
 
-def test_a_node_that_is_cut_off_stops_its_workers_and_comes_back(tmp_path: Path, nursery: Nursery) -> None:
+def test_a_node_that_is_cut_off_stops_its_workers_and_comes_back(
+    tmp_path: Path, nursery: Nursery, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = Run(tmp_path, nursery, steps=700, layout=replace(THREE, node_timeout=3.0))
     if why_not() is not None:  # not root: the fault is left out, and says so
+        with capsys.disabled():
+            print(f"\nNOT CHECKED, run this test as root: a network that is cut ({why_not()})", file=sys.stderr)
         assert run.train("partition=2@23:6s,kill-worker@30") == Outcome(EXIT_DONE)
         assert run.of_kind("chaos_skipped")[0]["why"] == why_not()
         return

@@ -79,10 +79,11 @@ class Job:
         nodes: int = 2,
         procs_per_node: int = 1,
         max_restarts: int = 2,
+        step_deadline: float = 60.0,
     ) -> None:
         self.folder, self.events = folder, list[dict[str, Any]]()
         self._store, self._start_agent = store, start_agent
-        self._layout = Layout(nodes, procs_per_node, max_restarts)
+        self._layout = Layout(nodes, procs_per_node, max_restarts, step_deadline=step_deadline)
         self._script = folder / "worker.py"
         self._script.write_text(textwrap.dedent(script))
 
@@ -182,6 +183,32 @@ def test_a_killed_worker_is_restarted_with_the_whole_world(tmp_path: Path, job_o
     assert outcome == Outcome(EXIT_DONE)
     assert [sorted(event["exit_codes"].values()) for event in job.of_kind("workers_ended")] == [[-9]]
     assert [event["world"] for event in job.of_kind("workers_started")] == [2, 2, 2, 2]
+
+
+def test_a_worker_that_hangs_shows_where_in_its_log_and_is_started_again(job_of: Callable[..., Job]) -> None:
+    script = """
+        import pathlib, sys, time
+        from trainer.heartbeat import HEART
+        mark = pathlib.Path(sys.argv[1]) / "mark"
+        if mark.exists():
+            sys.exit(0)
+        mark.touch()
+        HEART.start()
+        for step in range(1, 5):
+            HEART.beat(step)
+            time.sleep(0.1)
+        def waits_for_ever():
+            time.sleep(600)
+        waits_for_ever()
+    """
+    job = job_of(script, nodes=1, step_deadline=1.0)
+    assert job.run() == Outcome(EXIT_DONE)
+    (hang,) = job.of_kind("hang_detected")
+    assert (hang["rank"], hang["phase"], hang["step"], hang["is_suspended"]) == (0, "step", 4, False)
+    stacks = Path(hang["log"]).read_text()
+    assert "most recent call first" in stacks
+    assert "waits_for_ever" in stacks
+    assert [event["cause"] for event in job.of_kind("restart")] == ["worker_hung"]
 
 
 def test_a_node_whose_workers_are_done_joins_one_that_must_start_again(

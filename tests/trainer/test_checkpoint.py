@@ -13,6 +13,7 @@ from datastore.objects import ObjectFolder
 from tests.ranks import run_ranks
 from tests.trainer.savers import AT_ONCE, IDENTITY, load, position_at, save
 from tests.trainer.toy import config_of, toy_engine, train
+from trainer import checkpoint
 from trainer.checkpoint import Identity, load_weights, open_checkpoint, restore, start
 from trainer.commits import committed_steps
 from trainer.distributed import World, joined
@@ -156,6 +157,21 @@ def test_a_flipped_byte_anywhere_is_noticed_and_the_checkpoint_before_is_used(tm
         for path in sorted(tmp_path.glob("generation-*"))[2:]:
             path.unlink()  # else what is there beyond the step that these starts went on from would not count
     assert [step for step, _ in run_ranks(_restore_report, str(tmp_path))] == [7, 7]
+
+
+def test_without_checksums_a_flipped_byte_would_be_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = ObjectFolder(str(tmp_path))
+    with joined(timeout_seconds=20) as world:
+        engine = toy_engine(config_of(1), world=world)
+        save(engine, folder, 3)
+        (blob,) = tmp_path.glob("step-00000003/*.safetensors")
+        _flip_a_byte(blob, len(blob.read_bytes()) // 2)
+        with pytest.raises(DoNotRetry, match=r"the checksum of .* differs"):
+            load(engine, folder)
+        monkeypatch.setattr(checkpoint, "_read_verified", lambda folder, name, read, problem_of: read())
+        restored = load(engine, folder)
+        engine.close()
+    assert restored.position.step == 3 and not restored.damaged
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_never_starts_over_by_itself(tmp_path: Path) -> None:
