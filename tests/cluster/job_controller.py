@@ -10,6 +10,7 @@ manualSelector, managedBy.
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -67,7 +68,8 @@ class _Memory:
     failed_indexes: set[int] = field(default_factory=set)
     num_succeeded: int = 0
     num_failed: int = 0
-    of_index: dict[int, BackOff] = field(default_factory=dict)
+    of_index: dict[int, BackOff] = field(default_factory=dict)  # ignored failures make it longer, too
+    index_failures: Counter[int] = field(default_factory=Counter)
     failure: tuple[str, str] | None = None  # reason and message: it fails once all pods have ended
     success: tuple[str, str] | None = None
     active_since: float | None = None
@@ -169,15 +171,17 @@ class JobController:
                 verdict = judge_failure(spec.get("podFailurePolicy"), pod)
                 of_index = memory.of_index.setdefault(index or 0, BackOff(self._first_back_off))
                 memory.back_off.fail(at)
+                of_index.fail(at)
                 if verdict.action == "Ignore":
                     continue
-                of_index.fail(at)
                 memory.num_failed += 1
+                memory.index_failures[index or 0] += 1
                 if verdict.action == "FailJob" and memory.failure is None:
                     memory.failure = ("PodFailurePolicy", verdict.message)
                 per_index = spec.get("backoffLimitPerIndex")
                 if index is not None and (
-                    verdict.action == "FailIndex" or (per_index is not None and of_index.failures > per_index)
+                    verdict.action == "FailIndex"
+                    or (per_index is not None and memory.index_failures[index] > per_index)
                 ):
                     memory.failed_indexes.add(index)
 
@@ -240,7 +244,7 @@ class JobController:
             of_index = memory.of_index.get(index or 0)
             if "backoffLimitPerIndex" in spec and of_index is not None and of_index.left(at) > 0:
                 continue
-            pod = self._state.create(pod_of(job, index, of_index.failures if of_index is not None else 0))
+            pod = self._state.create(pod_of(job, index, memory.index_failures[index or 0]))
             memory.pods[pod["metadata"]["uid"]] = pod
             self._record(job, "SuccessfulCreate", f"Created pod: {pod['metadata']['name']}")
 

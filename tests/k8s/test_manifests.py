@@ -141,6 +141,9 @@ def test_a_job_survives_what_clusters_do(spec: Document) -> None:
     assert spec["completionMode"] == "Indexed"
     assert spec.get("parallelism", pods) <= pods
     assert spec["backoffLimit"] >= 10 * pods
+    if pods > 1:  # one number's losses hold up no other's replacement, and what none waits for any more ends
+        assert spec["backoffLimitPerIndex"] == 10
+        assert spec["maxFailedIndexes"] == 0
     assert spec["podReplacementPolicy"] == "Failed"
     ignored, failed = spec["podFailurePolicy"]["rules"]
     assert ignored["action"] == "Ignore", "first, as an evicted pod may end with any code"
@@ -308,7 +311,7 @@ def test_every_policy_says_what_it_protects_from() -> None:
     text = (ROOT / "k8s" / "base" / "train.yaml").read_text()
     lines = text.splitlines()
     for word in (
-        "backoffLimit", "podReplacementPolicy", "ttlSecondsAfterFinished", "action: Ignore", "action: FailJob", "restartPolicy",
+        "backoffLimit", "backoffLimitPerIndex", "podReplacementPolicy", "ttlSecondsAfterFinished", "action: Ignore", "action: FailJob", "restartPolicy",
         "automountServiceAccountToken", "terminationGracePeriodSeconds", "topologySpreadConstraints", "readinessProbe",
         "securityContext:", "readOnlyRootFilesystem", "limits", "shared-memory", "subdomain", "completionMode",
     ):  # fmt: skip
