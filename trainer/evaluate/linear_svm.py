@@ -5,6 +5,7 @@ preset repeats one paper's choice as it was published; `svm@heldout` chooses C o
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
@@ -13,8 +14,14 @@ from jaxtyping import Float, Int64
 from numpy import ndarray
 
 HOLDOUT_SHARE: Final = 0.2
-C_GRID: Final = tuple(float(f"{10**exponent:.3g}") for exponent in np.arange(-4, 2.5, 0.5))
-"""Half decades from 0.0001 to 100: the published values lie between 0.0093 and 1, for features of other scales."""
+_HALF_DECADES: Final = tuple(float(f"{10**exponent:.3g}") for exponent in np.arange(-4, 6.5, 0.5))
+C_GRID: Final = _HALF_DECADES[:13]
+"""Half decades from 0.0001 to 100: the published values lie between 0.0093 and 1, for features of other scales.
+
+The C that suits features grows as the square of their scale shrinks, and they are not scaled. So the grid goes on upward
+for as long as its largest C does best, up to `LARGEST_C`: no encoder is judged by how large its numbers are.
+"""
+LARGEST_C: Final = _HALF_DECADES[-1]
 
 _MOST_KERNEL_ROWS: Final = 12_000  # whose products take 1.2 GB
 
@@ -94,13 +101,21 @@ def _choose_c(features: ndarray, labels: ndarray, seed: int) -> tuple[float, tup
     if not held_out.any():
         raise ValueError("choosing C needs a class with at least two training rows")
     fitted_on, judged_on = features[~held_out].astype(np.float64), features[held_out].astype(np.float64)
-    grid = tuple(zip(C_GRID, _accuracies(fitted_on, labels[~held_out], judged_on, labels[held_out]), strict=True))
-    best = max(grid, key=lambda entry: (entry[1], -entry[0]))
-    return best[0], grid, int(held_out.sum())
+    accuracy = _judge(fitted_on, labels[~held_out], judged_on, labels[held_out])
+    grid = [(c, accuracy(c)) for c in C_GRID]
+    while (best := _best(grid)) == grid[-1][0] < LARGEST_C:
+        larger = _HALF_DECADES[len(grid)]
+        grid.append((larger, accuracy(larger)))
+    return best, tuple(grid), int(held_out.sum())
 
 
-def _accuracies(fitted_on: ndarray, labels: ndarray, judged_on: ndarray, judged_labels: ndarray) -> list[float]:
-    """What an SVC reaches on the second rows after it was fitted on the first, for each C of the grid.
+def _best(grid: list[tuple[float, float]]) -> float:
+    """The smallest C among the best."""
+    return max(grid, key=lambda entry: (entry[1], -entry[0]))[0]
+
+
+def _judge(fitted_on: ndarray, labels: ndarray, judged_on: ndarray, judged_labels: ndarray) -> Callable[[float], float]:
+    """What an SVC of some C reaches on the second rows after it was fitted on the first.
 
     All products of two rows are computed once: libsvm by itself computes them again for every C, several times each
     (five times slower on 1,600 rows, and more on more). They are the same products, so the classifier is the same.
@@ -110,8 +125,7 @@ def _accuracies(fitted_on: ndarray, labels: ndarray, judged_on: ndarray, judged_
     kernel = "precomputed" if len(fitted_on) <= _MOST_KERNEL_ROWS else "linear"
     if kernel == "precomputed":
         fitted_on, judged_on = fitted_on @ fitted_on.T, judged_on @ fitted_on.T
-    classifiers = (SVC(kernel=kernel, C=c).fit(fitted_on, labels) for c in C_GRID)
-    return [float(classifier.score(judged_on, judged_labels)) for classifier in classifiers]
+    return lambda c: float(SVC(kernel=kernel, C=c).fit(fitted_on, labels).score(judged_on, judged_labels))
 
 
 def _fit_at(protocol: LinearSVM, c: float, features: ndarray, labels: ndarray, seed: int) -> tuple[Any, bool]:

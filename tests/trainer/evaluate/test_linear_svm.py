@@ -6,7 +6,7 @@ from numpy import ndarray
 from sklearn.svm import SVC, LinearSVC
 
 from trainer.evaluate import linear_svm
-from trainer.evaluate.linear_svm import C_GRID, PROTOCOLS, fit, score, stratified_holdout
+from trainer.evaluate.linear_svm import C_GRID, LARGEST_C, PROTOCOLS, fit, score, stratified_holdout
 
 
 def shapes(rows: int, seed: int = 0) -> tuple[ndarray, ndarray]:
@@ -58,6 +58,18 @@ def test_products_computed_once_give_the_accuracies_of_the_linear_kernel(monkeyp
     monkeypatch.setattr(linear_svm, "_MOST_KERNEL_ROWS", 0)
     again = fit(PROTOCOLS["svm@heldout"], features, labels, seed=0)
     assert once.grid == again.grid and once.c == again.c
+
+
+@pytest.mark.parametrize(("scale", "c"), [(1.0, 0.316), (0.1, 31.6), (0.01, 3160.0)])
+def test_the_scale_of_features_does_not_matter_as_the_grid_follows_it(scale: float, c: float) -> None:
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(200, 6))
+    labels = (features[:, 1] > 0) + 2 * (features[:, 2] > 0)
+    features[:, 0] *= 20  # of which no label depends
+    fitted = fit(PROTOCOLS["svm@heldout"], (scale * features).astype(np.float32), labels, seed=3)
+    assert fitted.c == c <= LARGEST_C
+    assert max(accuracy for _, accuracy in fitted.grid) == pytest.approx(0.93, abs=0.01)
+    assert [tried for tried, _ in fitted.grid][: len(C_GRID)] == list(C_GRID)
 
 
 def test_held_out_rows_do_not_take_part_in_the_fits_that_judge_them() -> None:
