@@ -110,14 +110,19 @@ class JobController:
     def _run(self) -> None:
         while not self._closing.is_set():
             event = self._watch.next(_TICK_SECONDS)
-            while event is not None:
+            if event is not None:
                 self._hear(event)
-                event = self._watch.next(0)
-            for job in self._state.list("Job"):
-                try:
-                    self.reconcile(job, time.monotonic())
-                except Refused as error:  # somebody was faster: the next look sees it
-                    _logger.info("%s", error)
+            self.look(time.monotonic())
+
+    def look(self, at: float) -> None:
+        """Takes in what happened, and brings all Jobs as far as they can be at a moment."""
+        while (event := self._watch.next(0)) is not None:
+            self._hear(event)
+        for job in self._state.list("Job"):
+            try:
+                self.reconcile(job, at)
+            except Refused as error:  # somebody was faster: the next look sees it
+                _logger.info("%s", error)
 
     def _hear(self, event: Event) -> None:
         pod = event.object
