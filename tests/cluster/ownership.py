@@ -102,7 +102,7 @@ def applied(
             others.append(entry if not taken else entry | {"fieldsV1": _written(owned - taken)})
     if conflicts:
         raise _refusal(conflicts)
-    merged = _merged(current or {}, wanted, schema)
+    merged: Document = _merged(current or {}, wanted, schema)
     held = set().union(*(_read(entry["fieldsV1"]) for entry in others))
     for path in sorted(formerly - fields - held, key=len, reverse=True):
         if not any(other[: len(path)] == path for other in held | fields):
