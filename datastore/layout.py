@@ -33,6 +33,7 @@ from datastore import schema
 from datastore.cameras import CameraRig
 from datastore.errors import MissingField, StoreError
 from datastore.objects import BOOKKEEPING_FOLDER, ObjectFolder
+from datastore.weights_file import WeightsFile
 
 INGEST: Final = "ingest"
 """The scope of everything that `viewpoint ingest` writes. The others are teachers: `teachers/<name>@<hash8>`."""
@@ -120,6 +121,7 @@ class TeacherAttributes(BaseModel, extra="forbid", frozen=True):
     network: str = ""  # kind and trunk
     training: dict[str, str] = {}  # what made the weights, where they say so: job, config_hash, split, source_hash
     options: str = ""  # of `viewpoint cache`, to write the same again
+    weights_files: tuple[WeightsFile, ...] = ()  # that lay on the disk of who wrote them
 
     def command(self, url: str) -> str:
         """What writes these fields into a store."""
@@ -446,6 +448,7 @@ class Store:
             return teacher
         matching = [key for key in self.teachers if key.partition("@")[0] == teacher]
         if len(matching) == 1:
+            self._refuse_changed_weights(matching[0])
             return matching[0]
         if matching:
             raise StoreError(
@@ -475,6 +478,15 @@ class Store:
             )
         known = f"It holds {', '.join(self.teachers)}." if self.teachers else "It holds no teacher's fields."
         raise MissingField(f"{self.url} has no fields of teacher {teacher!r}. {known} Write them with {command}.")
+
+    def _refuse_changed_weights(self, key: str) -> None:
+        written = self.teachers[key]
+        if changed := [file.path for file in written.weights_files if file.has_changed()]:
+            raise StoreError(
+                f"Teacher {key} of {self.url} was written by the weights in {changed[0]}, which have changed since. Write its "
+                f"fields anew with `{written.command(self.url)}`, or name {key} in full (`--set objective.teacher={key}`) "
+                f"to go on with those that are here."
+            )
 
     def _describe_teachers(self, keys: Sequence[str]) -> str:
         """What tells teachers apart, and how each was made."""
@@ -693,7 +705,8 @@ def create_teacher(store: Store, teacher: TeacherAttributes) -> str:
     if not store.folder.create(f"{scope}/zarr.json", document):
         found = _read_teacher(store.folder, teacher.key)
         # the same weights may lie elsewhere by now
-        if differences := _differences(found, teacher.model_copy(update={"options": found.options})):
+        same_place = {"options": found.options, "weights_files": found.weights_files}
+        if differences := _differences(found, teacher.model_copy(update=same_place)):
             raise StoreError(
                 f"{store.url}/{scope} was written by this teacher with other properties ({differences}). Ask for all "
                 f"fields at once and remove that folder, or give the teacher another name."

@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
@@ -29,6 +30,7 @@ from trainer.heartbeat import HEART
 
 if TYPE_CHECKING:
     from datastore.layout import FieldStatistics, Store, TeacherAttributes
+    from datastore.weights_file import WeightsFile
     from datastore.write import BlockWriter
     from models.image_models.teacher import ImageTeacher
     from trainer.describing import Describe, Words
@@ -152,9 +154,22 @@ def run(arguments: argparse.Namespace) -> int:
         device=f"cuda:{world.local_rank}" if uses_gpu() else "cpu",
         precision=arguments.precision,
         options=_as_typed(arguments),
+        weights_files=weights_files(arguments.weights),
     )
     print(json.dumps(asdict(summary)) if arguments.json else describe(summary), flush=True)
     return EXIT_DONE
+
+
+def weights_files(weights: str | None) -> "tuple[WeightsFile, ...]":
+    """The files on this machine's disk that `--weights` names."""
+    from datastore.weights_file import WeightsFile
+    from models.image_models.trunk import HUB
+
+    if weights is None or weights == HUB or "://" in weights:
+        return ()
+    path = Path(weights)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return tuple(WeightsFile.of(file) for file in files)
 
 
 def _timm_options(arguments: argparse.Namespace) -> "TimmOptions":
@@ -210,11 +225,13 @@ def cache(
     device: str = "cpu",
     precision: "Precision" = "float32",
     options: str = "",
+    weights_files: "tuple[WeightsFile, ...]" = (),
     stop: threading.Event | None = None,
 ) -> CacheSummary:
     """Writes the blocks of this part that nobody has written, and publishes them.
 
-    `fields`: the teacher's first by default. `training`: what made the teacher; `options`: of the command, for people.
+    `fields`: the teacher's first by default. `training`: what made the teacher; `options`: of the command, for people;
+    `weights_files`: where its weights came from.
     Stopped when `stop` is set or, without one, on SIGINT and SIGTERM: whole blocks are kept, and the same call goes on.
     """
     from datastore.layout import create_teacher, open_store
@@ -225,6 +242,7 @@ def cache(
     began = time.monotonic()
     store.field(teacher.reads)
     attributes = teacher_attributes(store, teacher, name, fields, training or {}, precision, options)
+    attributes = attributes.model_copy(update={"weights_files": weights_files})
     num_views = next(iter(fields_offered(store, teacher).values()))[0]
     writer = BlockWriter(store, create_teacher(store, attributes))
     pending = writer.pending(part)

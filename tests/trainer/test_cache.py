@@ -266,6 +266,38 @@ def test_the_stage_caches_an_exported_teacher(
     }  # fmt: skip
 
 
+def test_weights_that_changed_since_are_noticed_when_a_stream_opens(
+    store: Store, teacher: MultiViewClassifier, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = export(teacher, tmp_path / "export")
+    words = (store.url, "--teacher", "mine", "--weights", str(folder), "--json")
+    run(arguments(*words))
+    key = json.loads(capsys.readouterr().out)["teacher"]
+
+    def opened(name: str) -> None:
+        config = StreamConfig(store_url=store.url)
+        with open_stream(
+            config, FeatureBatch, teacher=name, global_batch=4, micro_batch=4, rank=0, world_size=1, seed=0
+        ) as stream:
+            assert len(next(stream.steps(1))[0].ids) == 4
+
+    export(teacher, folder)  # the same weights again, at another time
+    opened("mine")
+    with torch.no_grad():
+        next(teacher.parameters()).add_(1)
+    export(teacher, folder)
+    with pytest.raises(
+        StoreError, match=rf"Teacher {key} of .* was written by the weights in .*safetensors, which have changed since"
+    ) as raised:
+        opened("mine")
+    assert f"viewpoint cache {store.url} --teacher mine --weights {folder}" in str(raised.value)
+    opened(key)
+    run(arguments(*words))
+    capsys.readouterr()
+    with pytest.raises(StoreError, match="2 teachers named 'mine'"):
+        opened("mine")
+
+
 def test_ranks_write_their_parts(
     store: Store, teacher: MultiViewClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
