@@ -36,6 +36,7 @@ VECTORS: Final = "vectors"
 """The rule of `no_decay` for parameters with one axis."""
 
 _NO_COMPILER: Final = "TORCHDYNAMO_DISABLE"
+_LINEAR: Final = nn.functional.linear
 
 
 class OptimizerConfig(BaseModel, extra="forbid", frozen=True):
@@ -164,10 +165,12 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Ends the engine and the process group, which deepspeed keeps references to."""
+        """Ends the engine and the process group, which deepspeed keeps references to, and leaves torch as it was."""
         deepspeed = import_deepspeed()
         self._engine.destroy()
         deepspeed.comm.destroy_process_group()
+        # at stage 3 it replaces this for good by one of its own, whose gradients differ in the last bit
+        nn.functional.linear = _LINEAR
 
 
 def build_engine(objective: nn.Module, config: EngineConfig, world: World, split: BatchSplit) -> Engine:

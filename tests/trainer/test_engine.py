@@ -98,6 +98,18 @@ def test_one_process_needs_no_launcher() -> None:
     torch.testing.assert_close(losses, plain_losses(config_of(1, "sgd").optimizer, 3), rtol=2e-6, atol=0)
 
 
+def test_an_engine_that_is_closed_leaves_torch_as_it_was() -> None:
+    """Else a run at another stage in the same process would follow another path, in its last bits."""
+    linear = torch.nn.functional.linear
+    with joined(timeout_seconds=20) as world:
+        engine = toy_engine(config_of(3), world=world)
+        assert torch.nn.functional.linear is not linear, (
+            "deepspeed does not replace it any more: nor need it be put back"
+        )
+        engine.close()
+    assert torch.nn.functional.linear is linear
+
+
 def test_bf16_keeps_weights_and_terms_near_float32() -> None:
     with joined(timeout_seconds=20) as world:
         engine = toy_engine(config_of(0, precision="bf16"), world=world)
