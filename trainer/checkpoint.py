@@ -3,7 +3,7 @@
 What lies where is told in trainer/commits.py, how it gets there in trainer/saving.py. Random states are not kept: the
 stream's is the number of samples seen, and the model's a function of (seed, step, rank). Buffers, which are BatchNorm's
 running statistics, are those of rank 0; in training no output depends on them, so that a resumed run repeats the
-undisturbed one to the last bit.
+undisturbed one to the last bit where its kernels do (all on CPUs; trainer/numerics.py asks for such on GPUs).
 """
 
 from collections import defaultdict
