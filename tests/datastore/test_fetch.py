@@ -408,6 +408,17 @@ def test_a_second_request_needs_no_turn(server: RangeServer, fetcher_of: Fetcher
     assert fetched(fetcher, 0, 100) == CONTENT[:100]
 
 
+def test_a_slow_second_request_gets_a_third_one_and_that_is_all(server: RangeServer, fetcher_of: FetcherOf) -> None:
+    fetcher = fetcher_of(hedge_least_seconds=0.1, timeout_seconds=30.0)
+    server.script = lambda number: hung if number < 2 else right
+    assert fetched(fetcher, 0, 100) == CONTENT[:100]
+    assert (fetcher.hedges, fetcher.retries) == (2, 0)
+    server.script = lambda number: hung
+    with pytest.raises(FetchFailed, match="TimeoutError"):
+        fetched(fetcher_of(hedge_least_seconds=0.1, timeout_seconds=0.8, retry_seconds=0.0), 0, 100)
+    assert len(server.asked) == 6
+
+
 def test_second_requests_do_not_wait_behind_all_that_are_queued(server: RangeServer, fetcher_of: FetcherOf) -> None:
     server.script = lambda number: hung if number < 4 else right
     fetcher = fetcher_of(
