@@ -8,15 +8,16 @@ import random
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import BinaryIO, Final, Literal, Self
+from typing import BinaryIO, Final, Literal, Self, get_args
 from urllib.parse import urlsplit
 
-Fault = Literal["unavailable", "throttled", "reset", "truncated", "flipped", "hung"]
-FAULTS: Final[tuple[Fault, ...]] = ("unavailable", "throttled", "reset", "truncated", "flipped", "hung")
+Fault = Literal["unavailable", "throttled", "reset", "truncated", "flipped", "hung", "slow"]
+FAULTS: Final[tuple[Fault, ...]] = get_args(Fault)
 
 _PIECE_BYTES: Final = 2**16
 _POLL_SECONDS: Final = 0.05
@@ -30,6 +31,7 @@ class Trouble:
     latency_seconds: float = 0.0  # to the first byte of an answer
     bytes_per_second: float = float("inf")  # of one connection
     retry_after_seconds: int = 1  # what a throttled client is told
+    slow_seconds: float = 1.0  # that a slow answer comes later
     path_part: str = ""  # only requests whose path has this in it; the others pass unharmed
 
 
@@ -128,6 +130,8 @@ class FaultProxy:
             if fault == "reset":
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             raise _Over
+        if fault == "slow":
+            self._wait_for_the_end(client, trouble.slow_seconds)
         self._send(client, answer.head + content, trouble)
         if answer.headers.get("connection", "").lower() == "close":
             raise _Over
@@ -157,13 +161,15 @@ class FaultProxy:
             if self._closing.wait(len(piece) / trouble.bytes_per_second):
                 raise _Over
 
-    def _wait_for_the_end(self, client: socket.socket) -> None:
-        """Until the client has gone, or the proxy goes."""
+    def _wait_for_the_end(self, client: socket.socket, seconds: float = float("inf")) -> None:
+        """Until the client has gone, the proxy goes, or so long."""
+        until = time.monotonic() + seconds
         client.settimeout(_POLL_SECONDS)
-        while not self._closing.is_set():
+        while not self._closing.is_set() and time.monotonic() < until:
             with suppress(TimeoutError):
                 if not client.recv(1):
-                    return
+                    raise _Over
+        client.settimeout(None)
 
 
 class _Over(Exception):

@@ -29,6 +29,7 @@ _SERVER: Final = os.environ.get("VIEWPOINT_TEST_S3", "ministack")
 _START_SECONDS: Final = {"ministack": 60, "radosgw": 240}[_SERVER]
 _HEALTH_PATH: Final = {"ministack": "/_ministack/health", "radosgw": "/"}[_SERVER]
 _ATTEMPTS: Final = 5
+_END_SECONDS: Final = 30
 
 
 @contextmanager
@@ -44,7 +45,11 @@ def running_s3_server(folder: Path) -> Iterator[str]:
                 return
         finally:
             process.terminate()
-            process.wait(60)
+            try:
+                process.wait(_END_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
     raise RuntimeError(f"The S3 server does not start; its last words:\n{(own_folder / 'log').read_text()[-2000:]}")
 
 

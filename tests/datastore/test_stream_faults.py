@@ -1,5 +1,8 @@
 """Whatever the network, the server or a disk does, a stream delivers every sample once, in order and bit-equal, or says why not."""
 
+import itertools
+import json
+import logging
 import multiprocessing
 import os
 import random
@@ -7,9 +10,9 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -77,6 +80,15 @@ def stores(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Stores:
         return Stores(local_url, s3_url, read(stream))
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a reader in a process of its own tells when it is done."""
+
+    bytes_read: int
+    cache_hits: int
+    warnings: list[str]
+
+
 def stream_of(url: str, **changes: Any) -> Stream[WholeBatch]:
     """A stream whose units are read again in every epoch: memory holds few of them."""
     settings = {"store_url": url, "unit_samples": 16, "lanes": 2, "memory_gib": 6e-4, "fetch": FETCH} | changes
@@ -126,6 +138,16 @@ def test_every_sample_comes_once_in_order_and_bit_equal(
         proxy.trouble = Trouble({fault: rate}, path_part=SHARDS)
         assert_same(read(stream), stores.batches)
     assert proxy.faults[fault] >= 0.5 * rate * proxy.num_requests > 0
+
+
+def test_slow_requests_are_overtaken_by_second_ones(stores: Stores, proxy: FaultProxy) -> None:
+    with stream_of(stores.s3_url, fetch=FETCH.model_copy(update={"timeout_seconds": 60.0})) as stream:
+        proxy.trouble = Trouble({"slow": 0.02}, slow_seconds=60.0, path_part=SHARDS)
+        started = time.monotonic()
+        assert_same(read(stream), stores.batches)
+        assert time.monotonic() - started < 60.0, "nobody waited for a slow one"
+        assert stream.retries == 0, "nor did one have to fail first"
+    assert proxy.faults["slow"] > 3
 
 
 def test_all_faults_at_once_on_a_slow_way_harm_nothing(stores: Stores, proxy: FaultProxy) -> None:
@@ -313,55 +335,70 @@ def test_a_full_cache_disk_is_a_word_and_no_more(
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1])
-def test_processes_share_a_cache(stores: Stores, proxy: FaultProxy, tmp_path: Path, rate: float) -> None:
+def test_processes_share_a_cache_that_evicts(stores: Stores, proxy: FaultProxy, tmp_path: Path, rate: float) -> None:
     proxy.trouble = Trouble(dict.fromkeys(("unavailable", "flipped", "reset"), rate / 3), path_part=SHARDS)
-    settings = {"num_epochs": 2, "cache_gib": 2**20 / 2**30}  # evictions included
+    limit_bytes = 2**19
+    settings = {"num_epochs": 2, "cache_gib": limit_bytes / 2**30}
     with reader_of(stores, tmp_path, **settings) as one, reader_of(stores, tmp_path, **settings) as two:
         for reader in (one, two):
             reader.join(60)
             assert reader.exitcode == 0
+    found = [Found(**json.loads(path.read_text())) for path in sorted(tmp_path.glob("found-*"))]
+    assert len(found) == 2
+    assert sum(reader.bytes_read for reader in found) > limit_bytes, "more was put than there is room for"
+    taken = sum(512 * path.stat().st_blocks for path in tmp_path.glob("??/*"))
+    assert limit_bytes / 2 < taken <= limit_bytes
+    for reader in found:
+        assert reader.cache_hits > 0
+        assert reader.warnings == [], "the cache did not turn itself off"
 
 
-def test_a_killed_reader_leaves_nothing_behind_and_the_next_run_is_fine(
-    stores: Stores, proxy: FaultProxy, tmp_path: Path
+@pytest.mark.parametrize("number", [1, 7, 40])
+def test_a_reader_killed_within_a_write_leaves_nothing_behind_and_the_next_run_is_fine(
+    stores: Stores, proxy: FaultProxy, tmp_path: Path, number: int
 ) -> None:
-    delays = random.Random(0)
-    for _ in range(4):
-        with reader_of(stores, tmp_path, num_epochs=100) as reader:
-            time.sleep(delays.uniform(0.0, 0.5))
-            assert reader.pid is not None
-            process = psutil.Process(reader.pid)
-            children = process.children(recursive=True)
-            held = shared_memory_of(process)
-            os.kill(reader.pid, signal.SIGKILL)
-            reader.join(30)
-            psutil.wait_procs(children, 5)
-            assert [child for child in children if child.is_running()] == []
-            assert [path for path in held if path.exists()] == []
+    with reader_of(stores, tmp_path, num_epochs=100, killed_at_write=number) as reader:
+        reader.join(60)
+        assert reader.exitcode == -signal.SIGKILL
+    (half_written,) = (tmp_path / "drafts").iterdir()
+    assert half_written.read_bytes()[: len(b"VPRANGE1")] == b"VPRANGE1"
     proxy.trouble = Trouble(path_part=SHARDS)
     with stream_of(stores.s3_url, cache_path=str(tmp_path)) as stream:
         assert list((tmp_path / "drafts").iterdir()) == []
         assert_same(read(stream), stores.batches)
+        assert stream.cache_hits >= number - 1 > 0 or number == 1, "what was whole is used"
 
 
-def shared_memory_of(process: psutil.Process) -> list[Path]:
+def test_a_reader_has_no_processes_and_no_shared_memory_that_a_kill_could_leave(
+    stores: Stores, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    with reader_of(stores, tmp_path, num_epochs=100) as reader:
+        assert reader.pid is not None
+        process = psutil.Process(reader.pid)
+        assert process.children(recursive=True) == []
+        assert shared_memory_of(process) == []
+
+
+def shared_memory_of(process: psutil.Process) -> list[str]:
     """Files in shared memory that a process has open or mapped."""
     paths = [file.path for file in process.open_files()] + [region.path for region in process.memory_maps()]
-    return [Path(path) for path in paths if path.startswith("/dev/shm/")]
+    return [path for path in paths if path.startswith("/dev/shm/")]
 
 
 @contextmanager
-def reader_of(stores: Stores, cache_path: Path | None, *, num_epochs: int, **settings: Any) -> Iterator[BaseProcess]:
+def reader_of(
+    stores: Stores, cache_path: Path | None, *, num_epochs: int, killed_at_write: int = 0, **settings: Any
+) -> Iterator[BaseProcess]:
     """A process that reads both stores again and again and fails where they differ; it has its first batch."""
     begun = Path(stores.local_url).parent / f"begun-{uuid.uuid4().hex}"
     settings |= {"cache_path": None if cache_path is None else str(cache_path)}
     # the environment goes along: the server of processes was started in another one
-    arguments = (replace(stores, batches=[]), settings, dict(os.environ), num_epochs, begun)
+    arguments = (replace(stores, batches=[]), settings, dict(os.environ), num_epochs, killed_at_write, begun)
     process = _processes.Process(target=_read, args=arguments)
     process.start()
     try:
         deadline = time.monotonic() + 60
-        while not begun.exists():
+        while not begun.exists() and process.is_alive():
             assert time.monotonic() < deadline, "the reader does not begin"
             time.sleep(0.01)
         yield process
@@ -370,12 +407,41 @@ def reader_of(stores: Stores, cache_path: Path | None, *, num_epochs: int, **set
         process.join()
 
 
-def _read(stores: Stores, settings: dict[str, Any], environment: dict[str, str], num_epochs: int, begun: Path) -> None:
+def _read(
+    stores: Stores,
+    settings: dict[str, Any],
+    environment: dict[str, str],
+    num_epochs: int,
+    killed_at_write: int,
+    begun: Path,
+) -> None:
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
+    warnings: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("datastore").addHandler(handler)
+    if killed_at_write:
+        disk_cache.write_whole = _deadly(disk_cache.write_whole, killed_at_write)
     with stream_of(stores.s3_url, **settings) as stream, stream_of(stores.local_url) as local_stream:
         num_steps = num_epochs * stream.steps_per_epoch
         for found, expected in zip(stream.steps(num_steps), local_stream.steps(num_steps), strict=True):
             begun.touch()
             assert_same(found, expected)
+        report = json.dumps(asdict(Found(stream.bytes_read, stream.cache_hits, warnings)))
+    if settings["cache_path"] is not None:
+        (Path(settings["cache_path"]) / f"found-{os.getpid()}").write_text(report)
+
+
+def _deadly(write: Callable[[int, Any], None], number: int) -> Callable[[int, Any], None]:
+    """Writes, but of the so-manyth entry half; then the process is gone."""
+    entries = itertools.count(1)
+
+    def half(descriptor: int, content: Any) -> None:
+        if len(content) > 200 and next(entries) == number:  # no head
+            write(descriptor, memoryview(content)[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(descriptor, content)
+
+    return half
