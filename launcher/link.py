@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Final
 
 from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
@@ -149,7 +150,8 @@ class Link:
         agent = store.add(AGENTS, 1) - 1
         self._check(number)  # one that was given up and comes in late must not stand for the node: it never speaks
         store.set(report_key(agent), self._report.to_json())
-        store.set(agent_key(agent), json.dumps({"node": self._node, "address": self._address}))
+        who = {"node": self._node, "address": self._address, "machine": machine()}
+        store.set(agent_key(agent), json.dumps(who))
         with self._changed:
             self._check(number)
             self._agent, self._sent = agent, None
@@ -158,6 +160,14 @@ class Link:
     def _check(self, number: int) -> None:
         if number != self._carrier:
             raise GivenUpError
+
+
+def machine() -> str:
+    """What tells this machine from others; the same for all containers on it."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # no Linux
+        return socket.gethostname()
 
 
 class GivenUpError(Exception):

@@ -125,6 +125,7 @@ class _Agent:
     number: int
     node: int
     address: str
+    machine: str
     joined_at: float
     beat: int = -1
     heard_at: float = 0.0
@@ -169,14 +170,14 @@ class Membership:
         self._is_booked = False  # why the world ended is counted
         self._setbacks: list[_Setback] = []  # in a row without progress
         self._outage_since: float | None = None
-        self._excluded: dict[int, float] = {}  # by node: until when
+        self._excluded: dict[tuple[int, str], float] = {}  # by node and machine: until when
         self._progress_before = 0.0
         self._not_before = 0.0
         self._is_waiting = False
 
-    def join(self, agent: int, node: int, address: str, now: float) -> None:
+    def join(self, agent: int, node: int, address: str, now: float, machine: str = "") -> None:
         """A new agent. One that ran on the same node before is gone."""
-        made = _Agent(agent, node, address, joined_at=now, heard_at=now)
+        made = _Agent(agent, node, address, machine, joined_at=now, heard_at=now)
         if self._is_replaced(made):  # a connection that its agent gave up long ago had its last words on their way
             made.is_lost = True
             self._agents[agent] = made
@@ -259,7 +260,10 @@ class Membership:
         return self.order
 
     def _is_replaced(self, agent: _Agent) -> bool:
-        return any(other.node == agent.node and other.number > agent.number for other in self._agents.values())
+        return any(
+            other.node == agent.node and other.number > agent.number and not other.is_lost
+            for other in self._agents.values()
+        )
 
     def _is_member(self, agent: _Agent) -> bool:
         return any(agent.number == member.agent for member in self.order.members)
@@ -416,7 +420,8 @@ class Membership:
         is_of_one_node = node is not None and all(each.node == node for each in setbacks)
         if count > 1 and count >= min(_BLAMED_TIMES, limit + 1) and is_of_one_node and self._rules.fit(len(others)):
             assert node is not None
-            self._excluded[node] = now + self._rules.excluded_seconds
+            machine = max((agent.number, agent.machine) for agent in self._agents.values() if agent.node == node)[1]
+            self._excluded[node, machine] = now + self._rules.excluded_seconds
             self._on_event(
                 "node_excluded", node=node, times=count, why=setbacks[-1].why, seconds=self._rules.excluded_seconds
             )
@@ -425,7 +430,7 @@ class Membership:
             self._give_up(setbacks)
 
     def _is_excluded(self, agent: _Agent, now: float) -> bool:
-        return now < self._excluded.get(agent.node, 0.0)
+        return now < self._excluded.get((agent.node, agent.machine), 0.0)
 
     def _give_up(self, setbacks: Sequence[_Setback]) -> None:
         count, last = len(setbacks), setbacks[-1]

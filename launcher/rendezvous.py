@@ -1,7 +1,7 @@
 """Where nodes meet: a store outside every node, so that no node's loss ends the job, and who decides with it.
 
     JOB/agents         counts the agents that ever came
-    JOB/agent/I        who agent I is: its node and address
+    JOB/agent/I        who agent I is: its node, address and machine
     JOB/beat/I         grows as long as agent I lives
     JOB/report/I       what agent I says (`membership.Report`)
     JOB/order          what all agents do (`membership.Order`)
@@ -80,7 +80,7 @@ class Host:
         for agent in set(range(there)) - self._known:
             if self._store.check([agent_key(agent), report_key(agent)]):  # not where it died on its way
                 who = json.loads(self._store.get(agent_key(agent)))
-                self.membership.join(agent, who["node"], who["address"], now)
+                self.membership.join(agent, who["node"], who["address"], now, who.get("machine", ""))
                 self._known.add(agent)
         for agent in self._known:
             report = Report.from_json(self._store.get(report_key(agent)))

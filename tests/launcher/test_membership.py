@@ -509,3 +509,23 @@ def test_who_decides_may_leave_once_all_have_saved_and_forms_nothing_meanwhile()
     story.after(5)
     assert story.membership.is_idle
     assert (story.order.generation, story.order.end) == (1, None), "the successor's worlds are for it to form"
+
+
+def test_a_node_that_comes_back_on_another_machine_is_not_left_out() -> None:
+    story = started()
+    fail_alone(story, 2, times=3)
+    assert story.nodes == [0, 1]
+    story.silent.add(2)
+    story.membership.join(10, 2, "127.0.0.1", story.now, "another machine")
+    story.reports[10] = Report(port=1010)
+    assert story.after(2).restart == "after_saving"
+
+
+def test_a_connection_that_registered_and_never_spoke_replaces_its_node_for_no_longer_than_silence_lasts() -> None:
+    story = Story(Rules(most=1, least=1, silence_seconds=4.0))
+    story.join(0)
+    story.join(1, node=0)
+    story.silent.add(1)
+    assert story.after(3).generation == 1, "it may be the newer one"
+    story.after(3)
+    assert story.order.members[0].agent == 0
