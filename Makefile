@@ -14,13 +14,14 @@ NODES ?= 1
 ON ?= local
 SET ?=
 ARGS ?=
+PORT ?= 9000
 
-.PHONY: .venv-bench help install install-dev launch doctor test test-all test-s3 test-gpu check format bench smoke clean manifests
+.PHONY: .venv-bench help install install-dev launch doctor s3 test test-all test-s3 test-gpu check format bench smoke clean manifests
 
 help: ## this list
 	@echo "Viewpoint: pre-train 3D point encoders by distilling 2D networks."
 	@echo
-	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
+	@grep -hE '^[a-z][a-z0-9-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1|\2/' | \
 		awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 	@echo
 	@echo "First run, no data and no GPU needed:  make launch JOB=pointmcd NODES=4"
@@ -41,6 +42,9 @@ doctor: $(VENV)/.installed ## check this machine: packages, rays, memory, disk, 
 smoke: $(VENV)/.installed ## the shortest whole path: tiny corpus, one node, ingest to linear SVM (about a minute)
 	@$(BIN)/viewpoint launch $(JOB) --nodes 1 --runs runs/smoke \
 		--set "prepare.corpus.source=demo://shapes?count=80&seed=0" --set epochs=2 --set global_batch=16 $(ARGS)
+
+s3: $(VENV)/.installed-dev ## an S3 server on loopback to try things with, until Ctrl-C [PORT=9000]
+	@cd $(dir $(realpath $(firstword $(MAKEFILE_LIST)))) && exec $(abspath $(BIN))/python -m tests.s3_server $(PORT)
 
 test: $(VENV)/.installed-dev ## tests that need minutes, no network and no GPU
 	@$(BIN)/python -m pytest -q $(ARGS)

@@ -3,13 +3,17 @@
 It checks signatures and credentials. What a test's own processes need to reach it stands in the environment. Usually it
 is ministack, which starts in a second; with VIEWPOINT_TEST_S3=radosgw (`make test-s3`) it is Ceph's, which serves object
 stores in production.
+
+`make s3` starts it by itself, for those who try out a store or a run on S3 without one.
 """
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 import uuid
@@ -33,10 +37,10 @@ _END_SECONDS: Final = 30
 
 
 @contextmanager
-def running_s3_server(folder: Path) -> Iterator[str]:
-    """The URL of a server that works in the folder and ends with the block."""
-    for attempt in range(_ATTEMPTS):
-        port, own_folder = _free_port(), folder / str(attempt)
+def running_s3_server(folder: Path, wanted_port: int | None = None) -> Iterator[str]:
+    """The URL of a server that works in the folder and ends with the block. `wanted_port`: None for any that is free."""
+    for attempt in range(_ATTEMPTS if wanted_port is None else 1):
+        port, own_folder = wanted_port or _free_port(), folder / str(attempt)
         own_folder.mkdir()
         process = _start(own_folder, port)
         try:
@@ -73,6 +77,17 @@ def s3_bucket(s3_environment: None) -> str:
     return new_bucket()
 
 
+def variables(url: str) -> dict[str, str]:
+    """What says that s3:// means the server at this URL."""
+    return {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": KEY_ID,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "NO_PROXY": "127.0.0.1",
+    }
+
+
 @contextmanager
 def s3_means(url: str) -> Iterator[None]:
     """Within the block, s3:// means the server at this URL, for this process and those that it starts."""
@@ -81,14 +96,10 @@ def s3_means(url: str) -> Iterator[None]:
         for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_S3"))]:
             patch.delenv(name)
         for name, value in {
-            "AWS_ENDPOINT_URL": url,
-            "AWS_ACCESS_KEY_ID": KEY_ID,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-            "AWS_DEFAULT_REGION": "us-east-1",
+            **variables(url),
             "AWS_CONFIG_FILE": absent,
             "AWS_SHARED_CREDENTIALS_FILE": absent,
             "AWS_EC2_METADATA_DISABLED": "true",
-            "NO_PROXY": "127.0.0.1",
         }.items():
             patch.setenv(name, value)
         forget_clients()
@@ -167,3 +178,32 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def main(port: int) -> int:
+    """Serves until it is interrupted; says how to reach it. The exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell that starts it in the background has it ignore the first
+        signal.signal(number, signal.default_int_handler)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            print(f"Port {port} cannot be had ({error.strerror}). Name another: make s3 PORT=9001", file=sys.stderr)
+            return 64
+    try:
+        with tempfile.TemporaryDirectory() as folder, running_s3_server(Path(folder), port) as url:
+            with s3_means(url):
+                fsspec.filesystem("s3").mkdir("viewpoint")
+            print("# An S3 server on loopback with the bucket viewpoint. Elsewhere, s3:// means it after:")
+            for name, value in variables(url).items():
+                print(f"export {name}={value}")
+            print("# Ctrl-C ends it, and what it holds is gone.", flush=True)
+            while True:
+                signal.pause()
+    except KeyboardInterrupt:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))
