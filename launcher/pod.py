@@ -434,6 +434,12 @@ def hold_store(pod: Pod, told: Told) -> int:
             f"{pod.layout.world} processes cannot share the global batch of {config.global_batch}, two samples each or "
             f"more. Set nodes and processes in the manifest, or global_batch in the recipe."
         )
+    if pod.layout.nodes not in rules.counts:
+        print(
+            f"viewpoint: {pod.layout.nodes} nodes cannot share the global batch of {config.global_batch} evenly: "
+            f"{rules.fit(pod.layout.nodes) or 'none'} of them train, and the others wait for their turn",
+            flush=True,
+        )
     keep = Keeper(run, RunFolder(pod.run_folder or run_url))
     # nodes that knew this pod's predecessor must see that its successor's worlds are others: they are numbered by time
     membership = Membership(rules, progress=keep.committed, on_event=keep.event, generation=int(time.time()))

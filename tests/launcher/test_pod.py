@@ -290,14 +290,14 @@ def test_the_parts_of_a_stage_hold_the_run_one_after_the_other_and_all_hear_a_ca
 
 
 def test_whoever_holds_the_store_and_is_told_to_stop_has_all_save_and_leaves_them_waiting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Told
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], told: Told
 ) -> None:
     run = RunFolder(str(tmp_path / "run"))
     run.write_config(tiny_config("unused", global_batch=2))
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     node = made(
-        "--nodes=1", f"--rendezvous=127.0.0.1:{port}", "--", "pretrain",
+        "--nodes=3", "--min-nodes=1", f"--rendezvous=127.0.0.1:{port}", "--", "pretrain",
         f"--config={run.url}/config.yaml", f"--run={run.url}", scratch=tmp_path,
     )  # fmt: skip
     link = Link(f"127.0.0.1:{port}", "job", 0, "127.0.0.1", give_up_seconds=2.0)
@@ -322,6 +322,7 @@ def test_whoever_holds_the_store_and_is_told_to_stop_has_all_save_and_leaves_the
     assert pod.hold_store(node, told) == EXIT_STOPPED
     thread.join()
     assert orders == ["after_saving"]
+    assert "3 nodes cannot share the global batch of 2 evenly: 1 of them train" in capsys.readouterr().out
     assert (link.order.end, len(link.order.members)) == (None, 1), "it waits in place, and is in no other world"
     link.close()
 
