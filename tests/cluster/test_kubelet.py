@@ -35,7 +35,7 @@ def job(name: str, script: str, *, completions: int = 1, spec: Document | None =
     }
 
 
-def until(double: Double, name: str, holds: Callable[[Document], bool], seconds: float = 20) -> Document:
+def until(double: Double, name: str, holds: Callable[[Document], bool], seconds: float = 90) -> Document:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         found = double.state.get("Job", SPACE, name)
@@ -186,7 +186,7 @@ def test_a_deleted_pod_is_told_to_end_and_replaced_when_it_has(double: Double | 
     double.kubelet.kill(SPACE, successor["metadata"]["name"])
     until(double, "told", lambda found: found["status"]["failed"] == 2)
     assert exit_codes(double.state.get("Pod", SPACE, successor["metadata"]["name"])) == [("main", 137)]
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while pods(double, "deaf"):
         assert time.monotonic() < deadline, "process 1 does not hear SIGTERM, and is killed when its grace is over"
         time.sleep(0.05)
@@ -195,7 +195,81 @@ def test_a_deleted_pod_is_told_to_end_and_replaced_when_it_has(double: Double | 
 
 
 def wait_for_output(double: Double, pod: Document, text: str) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while output(double, pod) != text:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def pod_of(
+    name: str, script: str, *, init: str | None = None, container: Document | None = None, **spec: Any
+) -> Document:
+    main = {"name": "main", "image": "any", "command": ["sh", "-c", script]} | (container or {})
+    whole: Document = {"containers": [main], "terminationGracePeriodSeconds": 1} | spec
+    if init is not None:
+        mounts = {"volumeMounts": main.get("volumeMounts", [])}
+        whole["initContainers"] = [{"name": "first", "image": "any", "command": ["sh", "-c", init]} | mounts]
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": SPACE}, "spec": whole}
+
+
+def until_pod(double: Double, name: str, holds: Callable[[Document], bool], seconds: float = 90) -> Document:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = double.state.get("Pod", SPACE, name)
+        if holds(found):
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"{found['status']}\n{events(double, found)}\n{output(double, found)}")
+
+
+def test_containers_wait_are_probed_start_again_and_follow_each_other(double: Double | None) -> None:
+    if double is None:
+        return
+    shared: Document = {"volumeMounts": [{"name": "shared", "mountPath": "/shared"}]}
+    volumes = [{"name": "shared", "emptyDir": {}}]
+    second_time = "cat /shared/word; test -e /shared/was || { touch /shared/was; exit 3; }"
+    exists = {"exec": {"command": ["test", "-e", "/shared/alive"]}, "periodSeconds": 1, "failureThreshold": 1}
+    serving = {"httpGet": {"path": "/", "port": "web"}, "periodSeconds": 1, "timeoutSeconds": 5}
+    web = {"ports": [{"name": "web", "containerPort": 8000}], "readinessProbe": serving}
+    late = {"volumeMounts": [{"name": "late", "mountPath": "/etc/late"}]}
+    for made in (
+        pod_of(
+            "again",
+            second_time,
+            init="echo hello > /shared/word",
+            container=shared,
+            volumes=volumes,
+            restartPolicy="OnFailure",
+        ),
+        pod_of(
+            "sick", "sleep 60", container=shared | {"livenessProbe": exists}, volumes=volumes, restartPolicy="Never"
+        ),
+        pod_of("web", "exec python -m http.server", container=web),
+        pod_of(
+            "late",
+            "cat /etc/late/word",
+            container=late,
+            volumes=[{"name": "late", "configMap": {"name": "late"}}],
+            restartPolicy="Never",
+        ),
+        pod_of("large", "true", container={"resources": {"limits": {"nvidia.com/gpu": "1"}}}),
+        pod_of("root", "true", securityContext={"runAsNonRoot": True}),
+    ):
+        double.state.create(made)
+
+    again = until_pod(double, "again", lambda found: found["status"]["phase"] == "Succeeded")
+    (status,) = again["status"]["containerStatuses"]
+    assert (status["restartCount"], status["lastState"]["terminated"]["exitCode"]) == (1, 3)
+    assert output(double, again) == "hello\n"
+    sick = until_pod(double, "sick", lambda found: found["status"]["phase"] == "Failed")
+    assert exit_codes(sick) == [("main", 137)]
+    assert {"Unhealthy", "Killing"} <= set(events(double, sick))
+    until_pod(double, "web", lambda found: is_true(found, "Ready"))
+    assert "FailedMount" in events(double, double.state.get("Pod", SPACE, "late"))
+    metadata = {"name": "late", "namespace": SPACE}
+    double.state.create({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"word": "at last"}})
+    assert output(double, until_pod(double, "late", lambda found: found["status"]["phase"] == "Succeeded")) == "at last"
+    large = double.state.get("Pod", SPACE, "large")
+    assert (large["status"]["phase"], events(double, large)) == ("Pending", ["FailedScheduling"])
+    root = until_pod(double, "root", lambda found: "waiting" in found["status"]["containerStatuses"][0]["state"])
+    assert root["status"]["containerStatuses"][0]["state"]["waiting"]["reason"] == "CreateContainerConfigError"
