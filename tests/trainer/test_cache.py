@@ -615,6 +615,39 @@ class KilledCaches:
         return kept | {"manifest": scopes.encode()}
 
 
+@pytest.mark.s3
+@pytest.mark.timeout(600)
+def test_killed_on_an_object_store_it_equals_a_local_run(s3_bucket: str, tmp_path: Path) -> None:
+    def start(url: str) -> subprocess.Popen[str]:
+        words = ("cache", url, "--teacher", "test_resnet", "--random-weights", "--image-size", "32", "--json")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [sys.executable, "-m", "trainer", *words], stdout=subprocess.PIPE, env=environment, text=True
+        )
+
+    attributes = small_attributes(num_rows=ROWS, block_rows=16)
+    remote = write_small_store(f"{s3_bucket}/store.zarr", attributes, ("views", "split", "id"))
+    local = make_store(tmp_path / "store.zarr")
+    began = time.monotonic()
+    key = json.loads(start(local.url).communicate()[0])["teacher"]
+    moments, kills = random.Random(2), 0
+    seconds = time.monotonic() - began
+    while kills < 5:  # while it works, not while it imports
+        process = start(remote.url)
+        try:
+            process.wait(moments.uniform(0.5 * seconds, 1.2 * seconds))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.communicate()
+        kills += process.returncode == -9
+        assert verify(open_store(remote.url)) == [], "what is published is whole after every kill"
+        if process.returncode == 0:
+            break
+    assert json.loads(start(remote.url).communicate()[0])["is_complete"]
+    assert kills > 0
+    np.testing.assert_array_equal(features_of(remote, key), features_of(local, key))
+
+
 @pytest.mark.slow
 def test_killed_and_stopped_as_processes_are_it_equals_an_undisturbed_run(tmp_path: Path) -> None:
     def start(url: str) -> subprocess.Popen[str]:
