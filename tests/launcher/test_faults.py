@@ -5,6 +5,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from launcher.network import Networks, why_not
 from launcher.nursery import Nursery
 from launcher.rendezvous import RendezvousStore
 from launcher.stop import StopRequest
+from tests.fault_proxy import FaultProxy, Trouble
 from tests.runs import tiny_config, write_corpus
+from tests.s3_server import new_bucket, s3_means
 from trainer.checkpoint import load_weights
 from trainer.commits import committed_steps, read_manifest, step_name
 from trainer.runfolder import RunFolder
@@ -194,6 +197,54 @@ def test_a_node_that_is_cut_off_stops_its_workers_and_comes_back(
     run.check_promises()
     assert [event["node"] for event in run.of_kind("cut_off")] == [2]
     assert run.worlds() == [[0, 1, 2], [0, 1], [0, 1, 2]]
+
+
+@pytest.mark.s3
+def test_an_outage_of_reads_longer_than_a_steps_deadline_is_waited_out_by_all_ranks(
+    tmp_path: Path, s3_server: str
+) -> None:
+    layout, outage = Layout(2, step_deadline=3.0), 10.0
+    events: list[str] = []
+    with FaultProxy(s3_server) as proxy, s3_means(proxy.url):
+        store = write_corpus(f"{new_bucket()}/shapes.zarr", num_rows=320, block_rows=16)
+        run = RunFolder(f"{tmp_path}/run")
+        fetch = {"retry_seconds": 60.0, "timeout_seconds": 2.0}
+        data = {"store_url": store.url, "num_points": 16, "unit_samples": 16, "lanes": 2, "memory_gib": 6e-4}
+        run.write_config(tiny_config(store.url, steps=400, global_batch=12, data=data | {"fetch": fetch}))
+        began: list[float] = []
+
+        def break_reads_for_a_while() -> None:
+            metrics = run.metrics()
+            if not began and metrics and metrics[-1]["step"] > 20:
+                began.append(time.monotonic())
+                proxy.trouble = Trouble({"unavailable": 1.0}, path_part="/c/")
+            elif began and time.monotonic() - began[0] > outage:
+                proxy.trouble = Trouble()
+
+        with (
+            RendezvousStore() as meeting,
+            StopRequest() as stop,
+            Nursery(nursery_environment(layout, MACHINE), stage="pretrain") as nursery,
+        ):
+            outcome = run_nodes(
+                worker_words(("pretrain", "--config", f"{run.url}/config.yaml", "--run", run.url)),
+                layout=layout,
+                job="pretrain",
+                store=meeting,
+                logs=tmp_path / "logs",
+                progress=tmp_path / "progress",
+                machine=MACHINE,
+                stop=stop,
+                start_agent=nursery.start,
+                watch=break_reads_for_a_while,
+                on_event=lambda kind, **facts: events.append(kind),
+            )
+    assert outcome == Outcome(EXIT_DONE)
+    assert run.is_finished()
+    assert not {"hang_detected", "restart"} & set(events)
+    times = [record["time"] for record in run.metrics()]
+    longest = max(after - before for before, after in pairwise(times))
+    assert longest > 2 * layout.step_deadline, "all waited, and the watchdog did, too"
 
 
 WORKER = """
