@@ -5,6 +5,7 @@ it, or begins the next step. It writes each step's config into the run folder, a
 """
 
 import json
+import re
 import shutil
 import subprocess
 import threading
@@ -53,7 +54,9 @@ from trainer.runfolder import RunFolder
 
 PLAIN_MANIFEST: Final = str(Path(__file__).parent.parent / "k8s" / "overlays" / "plain")
 _POLL_SECONDS: Final = 2.0
+_LAST_LINES_SECONDS: Final = 10.0  # for the rest of the logs of pods that have ended
 _MOST_FOLLOWED: Final = 64  # pods: each is a connection of kubectl's
+_OPERATORS: Final = {"localqueues.kueue.x-k8s.io": "Kueue", "jobsets.jobset.x-k8s.io": "JobSet"}
 _FAILURE_LINES: Final = 15
 _CODES_THAT_SAY_MOST: Final = (EXIT_DO_NOT_RETRY, EXIT_ASKED_WRONGLY, EXIT_CANCELLED)
 
@@ -112,9 +115,21 @@ def print_documents(
         print("".join(f"---\n{as_yaml(document)}" for document in filled), end="")
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes the words that kubectl's YAML takes for truths and numbers, and Python's does not."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"[yYnN]$"), list("yYnN"))
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?$|0[oO][0-7]+$"),
+    list("-+.0123456789"),
+)
+
+
 def as_yaml(document: Document) -> str:
     """A document as it is given to kubectl."""
-    return yaml.safe_dump(document, sort_keys=False, width=140)
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=140)
 
 
 def check_there(kubectl: "Kubectl", documents: Sequence[Document], cluster: Cluster) -> None:
@@ -125,6 +140,8 @@ def check_there(kubectl: "Kubectl", documents: Sequence[Document], cluster: Clus
         raise DoNotRetry(
             f"The cluster has no namespace {namespace!r}. `kubectl create namespace {namespace}`, or --namespace."
         )
+    if workload["kind"] == "JobSet":
+        kubectl.get("jobsets.jobset.x-k8s.io", workload["metadata"]["name"], namespace)  # refused where there are none
     queue = cluster.queue or workload["metadata"].get("labels", {}).get(QUEUE_LABEL)
     if queue is not None and kubectl.get("localqueues.kueue.x-k8s.io", queue, namespace) is None:
         raise DoNotRetry(
@@ -227,6 +244,11 @@ class Kubectl:
             return done.stdout
         said = done.stderr.strip() or done.stdout.strip()
         message = f"`kubectl {' '.join(words)}` failed: {said}"
+        if "doesn't have a resource type" in said:
+            operator = next((name for kind, name in _OPERATORS.items() if kind in words), "operator for that")
+            raise DoNotRetry(
+                f"The cluster has no {operator}: {said}. Have it installed, or leave it out: k8s/overlays/plain needs no operator."
+            )
         if "connection refused" in said or "timeout" in said.lower() or "Unable to connect" in said:
             raise ViewpointError(f"{message}\nIs the cluster there? `kubectl cluster-info` says which one it would be.")
         raise DoNotRetry(message)
@@ -430,7 +452,7 @@ class LogStream:
         return self
 
     def __exit__(self, *error: object) -> None:
-        deadline = time.monotonic() + _POLL_SECONDS  # of ended pods, the rest arrives
+        deadline = time.monotonic() + _LAST_LINES_SECONDS
         for process, thread in self._followed.values():
             thread.join(max(0.0, deadline - time.monotonic()))
             process.kill()

@@ -271,6 +271,22 @@ def test_a_file_that_is_no_manifest_is_refused(tmp_path: Path) -> None:
             Kubectl().read(str(path))
 
 
+@pytest.mark.parametrize("text", ["n", "Y", "1e3", "1.5E3", "1.e5", "0o17", "010", "08", ".5", "true", "1_000", "0x1f"])
+def test_text_stays_text_for_kubectl_which_reads_yaml_in_another_way(text: str) -> None:
+    assert cluster.as_yaml({"a": text}) == f"a: '{text}'\n"
+    for plain in ("name", "1e", "v1", "e3", "a-1"):
+        assert cluster.as_yaml({"a": plain, "b": 8, "c": 0.5, "d": True}) == f"a: {plain}\nb: 8\nc: 0.5\nd: true\n"
+
+
+def test_an_operator_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    said = 'error: the server doesn\'t have a resource type "localqueues"'
+    done = subprocess.CompletedProcess([], 1, stdout="", stderr=said)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(DoNotRetry, match="The cluster has no Kueue"):
+        Kubectl().get("localqueues.kueue.x-k8s.io", "fast", "viewpoint")
+
+
 def test_the_state_of_a_job_is_its_conditions() -> None:
     def with_condition(kind: str, status: str = "True") -> Document:
         return {"status": {"conditions": [{"type": kind, "status": status}]}}
