@@ -56,7 +56,9 @@ def check_schema(document: Document, kind: Kind, version: str) -> None:
             raise strict_error(kind, unknown_fields(document, version))
         causes.append(_cause_of(problem))
     if causes:
-        raise invalid(kind.name, kind.group, document.get("metadata", {}).get("name", ""), causes)
+        metadata = document.get("metadata")
+        name = metadata.get("name", "") if isinstance(metadata, dict) else ""
+        raise invalid(kind.name, kind.group, name, causes)
 
 
 def strict_error(kind: Kind, ways: list[Way]) -> Refused:

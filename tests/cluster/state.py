@@ -66,10 +66,9 @@ class State:
 
     def kind(self, name: str) -> Kind:
         """A kind by its name, as in `kind: Job`."""
-        try:
-            return self.kinds[name]
-        except KeyError:
-            raise bad_request(f'no kind "{name}" is served') from None
+        if name not in self.kinds:
+            raise bad_request(f'no kind "{name}" is served')
+        return self.kinds[name]
 
     def create(self, document: Document, *, dry_run: bool = False, sign: Signature | None = None) -> Document:
         """Stores a new object, and returns it as stored: named, defaulted, checked. `dry_run`: as it would be.
@@ -269,7 +268,7 @@ class State:
             self.create(event)
 
     def _kind_of(self, document: Document) -> Kind:
-        kind = self.kind(document.get("kind", ""))
+        kind = self.kind(str(document.get("kind")))
         if document.get("apiVersion") != kind.api_version:
             raise bad_request(f'{kind.name} is served as "{kind.api_version}", not "{document.get("apiVersion")}"')
         return kind
