@@ -207,3 +207,35 @@ def test_an_agent_says_when_others_train_without_it(tmp_path: Path) -> None:
     made._handler.next_rendezvous()
     lines = [json.loads(line)["event"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert lines == ["node_spare", "node_waits", "node_spare"]
+
+
+class Busy:
+    """A worker that goes on until it is killed."""
+
+    pid = 4711
+
+    def __init__(self) -> None:
+        self.heard: list[int] = []
+
+    @property
+    def exit_code(self) -> int | None:
+        return KILLED if signal.SIGKILL in self.heard else None
+
+    def send(self, number: signal.Signals) -> None:
+        self.heard.append(number)
+
+    def has_ended_within(self, seconds: float) -> bool:
+        return self.exit_code is not None
+
+
+def test_a_link_that_is_cut_while_workers_save_for_another_world_is_not_ignored(tmp_path: Path) -> None:
+    worker = Busy()
+    made, _ = agent_of(tmp_path, worker)
+    made._workers = {0: worker}  # type: ignore[dict-item]
+    made._silence_seconds = 0.3
+    made._link._order = replace(made._link.order, restart="after_saving")
+    made._link._heard_at = started = time.monotonic()
+    made._stop_workers(made.get_worker_group())
+    assert worker.heard[0] == signal.SIGTERM
+    assert signal.SIGKILL in worker.heard
+    assert 0.2 < time.monotonic() - started < 5.0

@@ -199,6 +199,38 @@ def test_a_node_that_is_cut_off_stops_its_workers_and_comes_back(
     assert run.worlds() == [[0, 1, 2], [0, 1], [0, 1, 2]]
 
 
+ONE_BAD_NODE = """
+    import os, signal, time
+    time.sleep(0.5)
+    if "node-2/" in os.environ["VIEWPOINT_HEARTBEAT"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    while os.environ["WORLD_SIZE"] == "3":
+        time.sleep(0.1)
+"""
+
+
+def test_a_node_that_breaks_every_world_is_left_out_of_the_next(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(textwrap.dedent(ONE_BAD_NODE))
+    events: list[dict[str, Any]] = []
+    with RendezvousStore() as store, StopRequest() as stop, Nursery() as nursery:
+        outcome = run_nodes(
+            (sys.executable, str(tmp_path / "worker.py")),
+            layout=Layout(3, min_nodes=2),
+            job="test",
+            store=store,
+            logs=tmp_path / "logs",
+            progress=tmp_path / "progress",
+            machine=MACHINE,
+            stop=stop,
+            start_agent=nursery.start,
+            on_event=lambda kind, **facts: events.append({"event": kind, **facts}),
+        )
+    assert outcome == Outcome(EXIT_DONE)
+    worlds = [event["nodes"] for event in events if event["event"] == "world_formed"]
+    assert worlds == [[0, 1, 2]] * 3 + [[0, 1]]
+    assert [event["node"] for event in events if event["event"] == "node_excluded"] == [2]
+
+
 @pytest.mark.s3
 def test_an_outage_of_reads_longer_than_a_steps_deadline_is_waited_out_by_all_ranks(
     tmp_path: Path, s3_server: str
