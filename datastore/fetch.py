@@ -88,9 +88,8 @@ class Fetcher:
         self._counting = threading.Lock()
         self._closed = threading.Event()
         self._tempo = _Tempo(self._config)
-        self._pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = (
-            None  # of first requests, and of second ones
-        )
+        # of first requests, and of those that are sent beside slow ones
+        self._pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None
         self._under_way: set[_Request] = set()
 
     @property
@@ -324,7 +323,7 @@ class _Part:
         self._digests: set[bytes] = set()
 
     def came_damaged(self) -> None:
-        """Remembers what it, or another part of its range, came like."""
+        """Its range did, perhaps by another part: remembers what this one came like."""
         digest = hashlib.blake2b(self.target[: self.num_bytes], digest_size=16).digest()
         self.is_settled = digest in self._digests
         self._digests.add(digest)

@@ -253,8 +253,8 @@ class _SignedRanges:
                     filled += count
                 if filled < len(target):
                     raise Refused(f"the answer broke off after {filled:,} of {len(target):,} bytes", may_pass=True)
-                if response.status == http.client.OK:
-                    connection.close()  # more bytes follow than were asked for
+                if not response.isclosed():
+                    connection.close()  # more follows: all of the object, or the end of its last chunk
         except ssl.SSLCertVerificationError as error:
             connection.close()
             raise Refused(
@@ -389,6 +389,7 @@ class _Connection(http.client.HTTPConnection):
         addresses = self._call.apart(
             lambda: socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM), self._timeout_seconds
         )
+        refusal = OSError(f"{self.host} has no address")
         for family, kind, protocol, _, address in addresses:
             try:
                 self.sock = socket.socket(family, kind, protocol)

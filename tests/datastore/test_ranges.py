@@ -269,6 +269,31 @@ def test_a_name_that_is_not_resolved_for_a_while_holds_up_no_closing(
     may_answer.set()
 
 
+# Answers
+
+
+def test_answers_in_chunks_and_whole_objects_are_taken_too(server: RangeServer) -> None:
+    def in_chunks(handler: Handler, content: bytes) -> None:
+        handler.send_response(206)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        for start in range(0, len(content), 30):
+            piece = content[start : start + 30]
+            handler.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+        handler.wfile.write(b"0\r\n\r\n")
+
+    def whole(handler: Handler, content: bytes) -> None:
+        handler.begin(200, len(CONTENT))
+        handler.wfile.write(CONTENT)
+
+    server.script = lambda number: whole if number % 2 else in_chunks
+    fetcher = Fetcher(ServedFolder(server.url))
+    for _ in range(4):
+        assert fetched(fetcher, 0, 100) == CONTENT[:100]
+    assert fetcher.retries == 0
+    fetcher.close()
+
+
 # TLS, the only way to Amazon's S3
 
 
