@@ -41,6 +41,7 @@ HELP = "run a frozen teacher over a store and keep its features there"
 _TOKEN_FIELDS: Final = ("view_tokens", "view_saliency")
 _FINISH_SECONDS: Final = 10.0  # a block that is done sooner than this is finished before stopping
 _SPARE_BYTES: Final = 64 * 2**20  # left free on the disk: checkpoints and logs go on being written
+_LONGEST_READ_SECONDS: Final = 160.0  # as a training waits for its data, by default
 _READERS: Final = {"cpu": 1, "cuda": 4}  # threads that read and decode: a GPU looks at images faster than one does
 
 
@@ -362,10 +363,15 @@ def _read_ahead(
         for following in slices:
             reading.append((following, readers.submit(store.read, field, range(following.first, following.end))))
             if len(reading) > num_readers:
-                each, shapes = reading.popleft()
-                yield each, shapes.result()
+                yield _read(*reading.popleft())
         for each, shapes in reading:
-            yield each, shapes.result()
+            yield _read(each, shapes)
+
+
+def _read(each: _Slice, shapes: "Future[np.ndarray]") -> tuple[_Slice, np.ndarray]:
+    """A slice with its shapes; who waits for storage that has trouble does not hang."""
+    with HEART.waiting_for_data(_LONGEST_READ_SECONDS):
+        return each, shapes.result()
 
 
 def _write_blocks(

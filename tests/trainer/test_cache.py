@@ -38,6 +38,7 @@ from tests.killable_cache import cache_and_die, running
 from tests.stores import small_attributes, write_small_store
 from trainer import cache as cache_stage
 from trainer.cache import add_arguments, cache, run
+from trainer.heartbeat import HEARTBEAT_VARIABLE, Heart
 from trainer.teachers import TimmOptions, load_teacher, teacher_attributes
 
 ROWS = 36  # blocks of 16, 16 and 4
@@ -214,6 +215,20 @@ def test_two_teachers_lie_side_by_side(store: Store, teacher: MultiViewClassifie
     teachers = open_store(store.url).teachers
     assert set(teachers) == {one, other}
     assert teachers[one].dim == 512 and teachers[one].mean == CONFIG.mean and teachers[one].image_size == 32
+
+
+def test_who_waits_for_views_says_so_to_its_watchdog(
+    store: Store, tmp_path: Path, teacher: MultiViewClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(HEARTBEAT_VARIABLE, str(tmp_path / "heartbeat"))
+    said: list[str] = []
+    heart = Heart()
+    heart.start()
+    monkeypatch.setattr(cache_stage, "HEART", heart)
+    monkeypatch.setattr(heart, "_write", lambda line: said.append(line.split()[0].decode()))
+    cache(store, teacher, "small", batch=64)
+    assert said[0] == "data"
+    assert "step" in said
 
 
 def test_features_that_float16_cannot_hold_are_refused(store: Store, teacher: MultiViewClassifier) -> None:
