@@ -6,7 +6,7 @@ no others, against the cluster of that file, in namespaces of their own.
 
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import pytest
 
@@ -43,24 +43,30 @@ def api(state: State) -> Iterator[Api]:
 
 
 @pytest.fixture
-def double(api: Api) -> Client:
+def double(api: Api, state: State) -> Client:
     """kubectl in a new namespace of the double."""
-    return in_new_namespace(api.environment)
+    return in_new_namespace(api, state)
 
 
 @pytest.fixture
 def cluster(request: pytest.FixtureRequest) -> Iterator[Client]:
     """kubectl in a new namespace: of the double, or of a real cluster where one is given."""
     real = os.environ.get(REAL)
-    environment = {"KUBECONFIG": real} if real else request.getfixturevalue("api").environment
-    client = in_new_namespace(environment)
-    yield client
-    if real:
-        client("delete", "namespace", client.namespace, "--wait=false")
-
-
-def in_new_namespace(environment: Mapping[str, str]) -> Client:
-    """kubectl in a namespace that nobody else uses."""
-    client = Client(environment, f"viewpoint-test-{uuid.uuid4().hex[:8]}")
+    if real is None:
+        yield request.getfixturevalue("double")
+        return
+    client = Client({"KUBECONFIG": real}, _new_name())
     client("create", "namespace", client.namespace)
+    yield client
+    client("delete", "namespace", client.namespace, "--wait=false")
+
+
+def in_new_namespace(api: Api, state: State) -> Client:
+    """kubectl in a namespace of the double that nobody else uses."""
+    client = Client(api.environment, _new_name())
+    state.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": client.namespace}})
     return client
+
+
+def _new_name() -> str:
+    return f"viewpoint-test-{uuid.uuid4().hex[:8]}"

@@ -184,6 +184,7 @@ def test_jobs_are_applied_one_after_the_other_until_one_fails(state: State, caps
     assert "was cancelled, and all saved" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("server")
 def test_ctrl_c_deletes_the_job_and_waits_for_its_pods(state: State, capsys: pytest.CaptureFixture[str]) -> None:
     with interrupting(state, "Pod"), Ending(state, lambda name: None):
@@ -192,6 +193,7 @@ def test_ctrl_c_deletes_the_job_and_waits_for_its_pods(state: State, capsys: pyt
     assert "its pods save first" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_job_that_runs_is_followed_and_not_applied_again(
     server: Api, state: State, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,6 +219,7 @@ def test_a_job_that_runs_is_followed_and_not_applied_again(
     assert "was deleted by somebody" in said
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("server")
 def test_a_job_set_is_followed_like_a_job(state: State, capsys: pytest.CaptureFixture[str]) -> None:
     with Ending(state, lambda name: 1 if "teacher" in name else 0) as ending:
@@ -241,6 +244,7 @@ def test_what_the_cluster_lacks_is_refused_before_anything_is_applied(
     assert "has no Kueue queue 'fast'" in refused("--queue", "fast")
 
 
+@pytest.mark.slow
 def test_a_cluster_without_kueue_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     state = State(custom=False)
     state.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
@@ -253,6 +257,7 @@ def test_a_cluster_without_kueue_says_so(monkeypatch: pytest.MonkeyPatch, capsys
         assert "has no JobSet" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("server")
 def test_what_the_server_refuses_is_refused_before_the_run_begins(
     state: State, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -49,20 +49,22 @@ def test_no_wrong_manifest_is_stored_by_any_kubernetes(path: Path, version: str)
 
 
 def test_kubectl_says_of_each_wrong_manifest_where_it_is_wrong(api: Api) -> None:
-    check_what_kubectl_says(api, GOLDEN / "overlays-plain.yaml", at_least=300)
+    check_what_kubectl_says(api, GOLDEN / "overlays-plain.yaml", every=6, at_least=50)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_kubectl_says_where_every_manifest_is_wrong(api: Api, path: Path) -> None:
-    check_what_kubectl_says(api, path, at_least=200)
+    check_what_kubectl_says(api, path, every=1, at_least=200)
 
 
-def check_what_kubectl_says(api: Api, path: Path, *, at_least: int) -> None:
+def check_what_kubectl_says(api: Api, path: Path, *, every: int, at_least: int) -> None:
     """One line for each, with the path; not of what kubectl cannot read as an object and refuses by itself."""
     client = Client(api.environment, "viewpoint")
-    client.try_("create", "namespace", "viewpoint")
+    if client.try_("get", "namespace", "viewpoint").code != 0:
+        client("create", "namespace", "viewpoint")
     cases = [each for each in wrong_manifests(path, VERSIONS[-1]) if each.what.startswith(("spec", "data"))]
+    cases = cases[::every]
     assert len(cases) >= at_least
     done = client.try_("create", "--dry-run=server", "-f", "-", given=[each.document for each in cases])
     assert done.out == ""
