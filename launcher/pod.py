@@ -652,6 +652,8 @@ def upload_logs(pod: Pod) -> None:
 def main(words: Sequence[str] | None = None) -> int:
     """Runs one pod and returns its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # where keys and endpoint come from, for every client
+    logging.getLogger("botocore").setLevel(logging.WARNING)
     try:
         return run(parser().parse_args(words))
     except ViewpointError as error:

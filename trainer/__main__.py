@@ -54,6 +54,8 @@ def main(words: Sequence[str] | None = None) -> int:
         stage.add_arguments(stages.add_parser(name, help=stage.HELP, description=stage.HELP))
     arguments = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # where keys and endpoint come from, for every client
+    logging.getLogger("botocore").setLevel(logging.WARNING)
     return run_guarded(load_stage(arguments.stage), arguments)
 
 
