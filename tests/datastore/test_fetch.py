@@ -186,17 +186,23 @@ def test_a_server_that_hangs_is_given_up_within_the_budget(server: RangeServer, 
 
 
 def test_all_trouble_of_a_range_has_one_budget(server: RangeServer, fetcher_of: FetcherOf) -> None:
-    # each part is refused for a while, comes damaged then, and is refused again
-    def answer(handler: Handler, content: bytes) -> None:
-        time.sleep(0.1)
-        (flipped_at(len(server.asked) % 500) if len(server.asked) % 2 else status(503))(handler, content)
+    fetcher = fetcher_of(retry_seconds=1.0)
+    started = time.monotonic()
+    has_come = threading.Event()
+
+    def answer(handler: Handler, content: bytes) -> None:  # refused for 0.7 s, damaged once, refused again for 0.7 s
+        passed = time.monotonic() - started
+        if passed > 0.7 and not has_come.is_set():
+            has_come.set()
+            flipped_at(3)(handler, content)
+        else:
+            (right if passed > 1.6 else status(503))(handler, content)
 
     server.script = lambda number: answer
-    started = time.monotonic()
-    with pytest.raises(FetchFailed, match=r"; \d+ attempts within 1 s went like this") as raised:
-        fetched(fetcher_of(part_mib=500 / 2**20, retry_seconds=1.0, requests_near=2, requests_far=2), 0, 20 * 500)
+    with pytest.raises(FetchFailed, match=r"; \d+ attempts within [1-9] s went like this") as raised:
+        fetched(fetcher, 0, 100)
+    assert has_come.is_set()
     assert raised.value.may_pass
-    assert time.monotonic() - started < 2.0
 
 
 def test_fetches_can_share_a_budget(server: RangeServer, fetcher_of: FetcherOf) -> None:
@@ -216,14 +222,14 @@ def test_fetches_can_share_a_budget(server: RangeServer, fetcher_of: FetcherOf) 
 def test_a_read_under_way_ends_with_the_budget(server: RangeServer, fetcher_of: FetcherOf) -> None:
     server.script = lambda number: hung if number else status(503)
     started = time.monotonic()
-    with pytest.raises(FetchFailed, match=r"HTTP 503 .*; 1 attempts within 1 s went like this"):
+    with pytest.raises(FetchFailed, match=r"HTTP 503 .*; 1 attempts within [1-9] s went like this"):
         fetched(fetcher_of(timeout_seconds=30.0, retry_seconds=1.0), 0, 100)
     assert time.monotonic() - started < 2.0
 
 
 def test_a_read_that_hangs_after_damage_is_given_up_for_the_damage(server: RangeServer, fetcher_of: FetcherOf) -> None:
     server.script = lambda number: hung if number > 1 else flipped_at(number)
-    with pytest.raises(FetchFailed, match=r"its bytes come damaged: .*; 2 attempts within 1 s went like this"):
+    with pytest.raises(FetchFailed, match=r"its bytes come damaged: .*; 2 attempts within [1-9] s went like this"):
         fetched(fetcher_of(timeout_seconds=30.0, retry_seconds=1.0), 0, 100)
 
 
