@@ -44,7 +44,7 @@ class Batch:
         return narrowed
 
     def to(self, device: torch.device) -> Self:
-        """The same batch on another device; copies overlap with compute where the memory is pinned."""
+        """The same batch on another device. Copies from pinned memory do not hold up this thread; the device makes them in turn."""
         moved = {
             name: getattr(self, name).to(device, non_blocking=True) for name in ("ids", "seeds", *self.store_fields())
         }
