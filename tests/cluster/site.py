@@ -2,9 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ class Site:
 
     double: Double
     manifest: Path  # a folder that kustomize builds
+    endpoint_url: str  # of the object store, as pods see it
     environment: Mapping[str, str]  # of processes that shall speak to it
 
     def kubectl(self, *words: str, given: str | None = None) -> str:
@@ -61,13 +63,14 @@ class Site:
 
 
 @contextmanager
-def running_site(folder: Path, server_url: str, **changes: Any) -> Iterator[Site]:
-    """A site whose pods reach the S3 server, which listens on loopback; `changes` are the recipe's, for kubectl's users."""
+def running_site(folder: Path, server_url: str) -> Iterator[Site]:
+    """A site whose pods reach the S3 server, which listens on loopback."""
     with Double(folder / "cluster", image_environment=IMAGE_ENVIRONMENT, namespace=NAMESPACE) as double:
         port = int(server_url.rpartition(":")[2])
         double.network.open_door(port)
-        site = Site(double, folder / "site", os.environ | double.api.environment)
-        write_overlay(site.manifest, f"http://{double.network.gateway}:{port}")
+        endpoint_url = f"http://{double.network.gateway}:{port}"
+        site = Site(double, folder / "site", endpoint_url, os.environ | double.api.environment)
+        write_overlay(site.manifest, endpoint_url)
         site.kubectl("create", "namespace", NAMESPACE)
         keys = (f"--from-literal=AWS_ACCESS_KEY_ID={KEY_ID}", f"--from-literal=AWS_SECRET_ACCESS_KEY={SECRET_KEY}")
         site.kubectl("create", "secret", "generic", "viewpoint-storage", *keys)
@@ -88,6 +91,32 @@ def write_overlay(folder: Path, endpoint_url: str) -> None:
         "patches": patches,
     }
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
+
+
+def copy_manifests(folder: Path, endpoint_url: str, recipe: Document, settings: Mapping[str, str]) -> Path:
+    """k8s/ as somebody has it who has edited it as docs/cluster.md says; the folder to apply for training."""
+    own = folder / "k8s"
+    shutil.copytree(ROOT / "k8s", own, dirs_exist_ok=True)
+    edit(own / "settings" / "settings.yaml", lambda document: document["data"].update(settings))
+    edit(
+        own / "settings" / "kustomization.yaml",
+        lambda document: document["images"][0].update(newName=IMAGE.partition(":")[0]),
+    )
+    edit(
+        own / "components" / "s3" / "storage.yaml",
+        lambda document: document["data"].update(AWS_ENDPOINT_URL=endpoint_url),
+    )
+    (own / "base" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    job = own / "base" / "train.yaml"
+    job.write_text(job.read_text().replace('cpu: "2"', 'cpu: "1"'))
+    return own / "stages" / "train"
+
+
+def edit(path: Path, change: Callable[[Document], object]) -> None:
+    """Changes a YAML file of one document."""
+    document = yaml.safe_load(path.read_text())
+    change(document)
+    path.write_text(yaml.safe_dump(document))
 
 
 def patch(kind: str, name: str, operation: str, path: str, value: object) -> Document:

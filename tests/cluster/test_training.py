@@ -1,6 +1,7 @@
 """The whole path on the cluster double: kubectl applies what the launcher fills, pods meet and train, and get over faults."""
 
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,16 @@ import yaml
 from datastore.errors import EXIT_DONE
 from launcher.__main__ import main
 from launcher.network import why_not
-from tests.cluster.site import Site, running_site
+from tests.cluster.job_controller import exit_codes
+from tests.cluster.site import NAMESPACE, Site, copy_manifests, running_site
 from tests.runs import tiny_config, write_corpus
 from trainer.runfolder import RunFolder
 
-pytestmark = [pytest.mark.slow, pytest.mark.s3, pytest.mark.timeout(900)]
+JOB = "viewpoint-train"
+QUIET_START_SECONDS = 12.0
+"""From `kubectl apply` to the first step of three pods on two quiet cores: where that takes longer, all the rest does."""
+
+pytestmark = [pytest.mark.slow, pytest.mark.s3, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture
@@ -34,6 +40,70 @@ def recipe_file(folder: Path, store_url: str, **changes: Any) -> str:
 def losses(run: RunFolder) -> dict[int, float]:
     """By step; of a step that was done twice, the last."""
     return {line["step"]: line["loss"] for line in run.metrics() if "loss" in line}
+
+
+class Training:
+    """A run on three pods, as a user of kubectl starts it, and what becomes of it."""
+
+    def __init__(self, site: Site, folder: Path, bucket: str, steps: int) -> None:
+        self.site = site
+        store = write_corpus(f"{bucket}/shapes.zarr")
+        self.run = RunFolder(f"{bucket}/runs/faults")
+        self.store_url = store.url
+        self._settings = {"nodes": "3", "min_nodes": "3", "store": store.url, "run": self.run.url}
+        self._folder, self._steps = folder, steps
+
+    def apply(self) -> float:
+        """Applies the job; returns when that was."""
+        tree = tiny_config("unused", steps=self._steps, global_batch=12, checkpoint={"every_steps": 10})
+        recipe = tree.model_dump(mode="json", exclude={"data": {"store_url"}})
+        stage = copy_manifests(self._folder, self.site.endpoint_url, recipe, self._settings)
+        self.site.kubectl("apply", "-k", str(stage))
+        return time.time()
+
+    def pod(self, index: int) -> str:
+        """The name of the pod with a number, of its newest."""
+        pods = [pod for pod in self.site.pods(JOB) if pod["spec"]["hostname"].endswith(f"-{index}")]
+        name: str = pods[-1]["metadata"]["name"]
+        return name
+
+    def until_new_step(self, since: float, seconds: float = 300) -> float:
+        """When the first step after a moment ended."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            later = [line["time"] for line in self.run.metrics() if line["time"] > since]
+            if later:
+                return min(later)
+            time.sleep(0.5)
+        raise AssertionError(f"No new step in {seconds} s.\n{self.story()}")
+
+    def until_saved(self, since: float, seconds: float = 300) -> dict[str, Any]:
+        """The first checkpoint that was committed after a moment."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            later = [event for event in self.run.events() if event["event"] == "saved" and event["time"] > since]
+            if later:
+                return later[0]
+            time.sleep(0.5)
+        raise AssertionError(f"Nothing saved in {seconds} s.\n{self.story()}")
+
+    def story(self) -> str:
+        """What there is to see of it, for whoever has to find out why a test failed."""
+        pods = [self.site.kubectl("get", "pods,jobs"), self.site.kubectl("get", "events")]
+        logs = [path.read_text()[-3000:] for path in sorted(self.site.double.kubelet.folder.glob("*/logs/*.log"))]
+        return "\n".join([*pods, *(str(event) for event in self.run.events()[-40:]), *logs])
+
+
+def check_that_nothing_was_lost(run: RunFolder, since: float) -> dict[str, Any]:
+    """The run began again after a moment where it had saved last, and did no step twice; that save."""
+    events = [event for event in run.events() if event["event"] in ("saved", "started")]
+    start = next(number for number, each in enumerate(events) if each["event"] == "started" and each["time"] > since)
+    saved = events[start - 1]
+    assert saved["event"] == "saved"
+    assert events[start]["resumed_from"] == saved["step"]
+    steps = [line["step"] for line in run.metrics() if line["time"] > since]
+    assert len(steps) == len(set(steps))
+    return dict(saved)
 
 
 def test_a_launch_with_kubectl_trains_on_four_pods_to_the_report_as_four_local_nodes_do_bit_for_bit(
@@ -56,3 +126,80 @@ def test_a_launch_with_kubectl_trains_on_four_pods_to_the_report_as_four_local_n
     assert sorted(local) == list(range(1, 13))
     assert losses(run) == local
     assert all(math.isfinite(loss) for loss in local.values())
+
+
+def test_a_job_gets_over_killed_deleted_and_evicted_pods(site: Site, s3_bucket: str, tmp_path: Path) -> None:
+    training = Training(site, tmp_path, s3_bucket, steps=1_000_000)
+    run, kubelet = training.run, site.double.kubelet
+    applied = training.apply()
+    start = training.until_new_step(applied) - applied
+    slowness = max(1.0, start / QUIET_START_SECONDS)
+    print(f"first step {start:.1f} s after kubectl apply; limits are {slowness:.1f} times those of a quiet machine")
+
+    training.until_saved(applied)
+    victim, killed = training.pod(2), time.time()
+    kubelet.kill(NAMESPACE, victim)
+    took = training.until_new_step(killed + 1) - killed
+    print(f"pod 2 killed: new step after {took:.1f} s")
+    assert took <= 30 * slowness
+    assert exit_codes(site.get("pod", victim)) == [("viewpoint", 137)]
+    assert training.pod(2) != victim
+
+    training.until_saved(killed + took)
+    victim, deleted = training.pod(1), time.time()
+    site.kubectl("delete", "pod", victim)  # returns when it is gone
+    gone = time.time()
+    took = training.until_new_step(gone) - deleted
+    saved = check_that_nothing_was_lost(run, deleted)
+    print(f"pod 1 deleted: saved after {saved['time'] - deleted:.1f} s, new step after {took:.1f} s")
+    assert saved["time"] < gone, "before the pod ended"
+    about_it = {each["reason"] for each in site.get("events")["items"] if each["involvedObject"]["name"] == victim}
+    assert {"Scheduled", "Started", "Killing"} <= about_it
+
+    evicted = time.time()
+    for index in range(3):
+        kubelet.evict(NAMESPACE, training.pod(index))
+    status = until_ended_pods(site)
+    assert status["failed"] == 2, "evictions do not count"
+    site.kubectl("delete", "job", JOB)
+    again = training.apply()
+    training.until_new_step(again)
+    check_that_nothing_was_lost(run, evicted)
+
+    training.until_saved(again)
+    killed = time.time()
+    kubelet.kill(NAMESPACE, training.pod(0))
+    took = training.until_new_step(killed + 1) - killed
+    print(f"pod 0 killed: new step after {took:.1f} s")
+    assert took <= 35 * slowness
+    assert {pod["status"]["phase"] for pod in site.pods(JOB)[2:]} == {"Running"}, "the others waited in place"
+
+
+def test_a_run_that_was_begun_with_other_settings_fails_its_job_at_once_and_none_is_tried_again(
+    site: Site, s3_bucket: str, tmp_path: Path
+) -> None:
+    training = Training(site, tmp_path, s3_bucket, steps=10)
+    training.run.write_config(tiny_config(training.store_url, seed=4))
+    training.apply()
+    site.kubectl("wait", "--for=condition=failed", "--timeout=600s", f"job/{JOB}")
+    (condition,) = (each for each in site.get("job", JOB)["status"]["conditions"] if each["type"] == "Failed")
+    assert condition["reason"] == "PodFailurePolicy"
+    assert "Container viewpoint" in condition["message"]
+    assert "failed with exit code 64 matching FailJob rule at index 1" in condition["message"]
+    pods = site.pods(JOB)
+    assert [pod["spec"]["hostname"] for pod in pods] in ([f"{JOB}-0"], [f"{JOB}-{index}" for index in range(3)])
+    assert exit_codes(pods[0]) == [("viewpoint", 64)]
+    assert "seed" in site.kubectl("logs", pods[0]["metadata"]["name"])
+    made = [each for each in site.get("events")["items"] if each["reason"] == "SuccessfulCreate"]
+    assert len(made) == 3
+
+
+def until_ended_pods(site: Site, seconds: float = 240) -> dict[str, Any]:
+    """The Job's status once none of its pods runs."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        status: dict[str, Any] = site.get("job", JOB)["status"]
+        if not status["active"] and not status["terminating"]:
+            return status
+        time.sleep(0.5)
+    raise AssertionError(status)
