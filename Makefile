@@ -16,7 +16,7 @@ SET ?=
 ARGS ?=
 PORT ?= 9000
 
-.PHONY: .venv-bench help install install-dev launch doctor s3 test test-all test-s3 test-gpu check format bench smoke clean manifests
+.PHONY: .venv-bench help install install-dev launch doctor s3 test test-all test-s3 test-cluster test-gpu check format bench smoke clean manifests
 
 help: ## this list
 	@echo "Viewpoint: pre-train 3D point encoders by distilling 2D networks."
@@ -55,6 +55,14 @@ test-all: $(VENV)/.installed-dev ## also the slow ones and those that need a ser
 test-s3: $(VENV)/.installed-dev ## the tests with an object store, against Ceph's (root installs Debian's packages)
 	@tests/radosgw.sh install
 	@VIEWPOINT_TEST_S3=radosgw $(BIN)/python -m pytest -q -m s3 $(ARGS)
+
+# a KUBECONFIG of the environment does not count: nobody's cluster is tested on by accident
+test-cluster: $(VENV)/.installed-dev ## kubectl and pods against the double of a cluster; KUBECONFIG=file: kubectl against that real one
+ifeq ($(origin KUBECONFIG),command line)
+	@VIEWPOINT_TEST_KUBECONFIG=$(abspath $(KUBECONFIG)) $(BIN)/python -m pytest -q tests/cluster -m cluster $(ARGS)
+else
+	@$(BIN)/python -m pytest -q tests/cluster -m "slow or not slow" $(ARGS)
+endif
 
 test-gpu: $(VENV)/.installed-dev ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -q -m gpu $(ARGS)

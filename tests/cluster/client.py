@@ -2,16 +2,38 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 Document = dict[str, Any]
 _PATIENCE_SECONDS = 60
+_OLDEST_MINOR = 29  # older ones check fields by themselves, against what the double does not serve
+
+
+@cache
+def program() -> str:
+    """Where kubectl is; an error where it is missing, or too old to leave the checking of fields to the server."""
+    found = shutil.which("kubectl")
+    if found is None:
+        raise FileNotFoundError(
+            "kubectl is missing, with which the double is tested. Debian and Ubuntu: `apt-get install kubernetes-client`; "
+            "elsewhere see https://kubernetes.io/docs/tasks/tools/."
+        )
+    said = subprocess.run([found, "version", "--client"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"v1\.(\d+)", said) or re.search(r'Minor:"(\d+)', said)
+    if version is None or int(version[1]) < _OLDEST_MINOR:
+        raise RuntimeError(
+            f"{found} is {said.strip()}; tests of the double need kubectl 1.{_OLDEST_MINOR} or newer: "
+            f"https://kubernetes.io/docs/tasks/tools/."
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -32,13 +54,7 @@ class Client:
 
     def words(self, *words: str) -> list[str]:
         """A command line."""
-        program = shutil.which("kubectl")
-        if program is None:
-            raise FileNotFoundError(
-                "kubectl is missing, with which the double is tested. Debian and Ubuntu: `apt-get install kubernetes-client`; "
-                "elsewhere see https://kubernetes.io/docs/tasks/tools/."
-            )
-        return [program, "--namespace", self.namespace, *words]
+        return [program(), "--namespace", self.namespace, *words]
 
     def try_(self, *words: str, given: Sequence[Document] | str | None = None) -> Done:
         """Runs kubectl, with objects or text on its standard input."""

@@ -5,6 +5,7 @@ no others, against the cluster of that file, in namespaces of their own.
 """
 
 import os
+import time
 import uuid
 from collections.abc import Iterator
 
@@ -57,6 +58,9 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Client]:
         return
     client = Client({"KUBECONFIG": real}, _new_name())
     client("create", "namespace", client.namespace)
+    deadline = time.monotonic() + 30
+    while client.try_("get", "serviceaccount", "default").code != 0 and time.monotonic() < deadline:
+        time.sleep(0.2)  # a controller makes it, without which there are no pods
     yield client
     client("delete", "namespace", client.namespace, "--wait=false")
 
