@@ -104,7 +104,7 @@ def applied(
         raise _refusal(conflicts)
     merged: Document = _merged(current or {}, wanted, schema)
     held = set().union(*(_read(entry["fieldsV1"]) for entry in others))
-    for path in sorted(formerly - fields - held, key=len, reverse=True):
+    for path in sorted(formerly - fields - held, key=len):  # an item of a list before the keys that it is found by
         if not any(other[: len(path)] == path for other in held | fields):
             _remove(merged, path)
     entry = _entry(wanted, manager, "Apply", fields, subresource)
