@@ -246,10 +246,12 @@ def _remove(document: Document, path: Path) -> None:
     found = _below_value(holder, last)
     if found is _NOTHING:
         return
-    if isinstance(holder, list):
-        holder.remove(found)
-    else:
+    if isinstance(holder, dict):
         del holder[last[2:]]
+        return
+    holder.remove(found)
+    if not holder:  # an empty list is the same as none
+        _remove(document, tuple(way))
 
 
 def _merged(current: Any, wanted: Any, schema: Document) -> Any:
