@@ -175,7 +175,7 @@ def test_the_budget_ends_in_an_error_that_says_what_was_tried(
     with pytest.raises(FetchFailed, match=r"; \d+ attempts within \d+ s went like this") as raised:
         fetched(fetcher_of(retry_seconds=0.4), 0, 100)
     assert raised.value.may_pass
-    assert 0.3 < time.monotonic() - started < 1.0
+    assert 0.3 < time.monotonic() - started < 2.0
     assert len(server.asked) >= 2
 
 
