@@ -237,6 +237,7 @@ def script(program: Program, folder: Path) -> str:
         "chroot",
         str(root),
         *program.identity.words,
+        "--pdeathsig=KILL",  # said again: a change of user makes the kernel forget it
         "--",
         "env",
         f"--chdir={program.folder}",

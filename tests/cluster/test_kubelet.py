@@ -1,15 +1,21 @@
 """Pods that really run: Jobs of small shell commands, from their creation to their end."""
 
+import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from launcher.network import why_not
 from tests.cluster.double import Double
 from tests.cluster.job_controller import exit_codes, is_true
 from tests.cluster.refusals import Document
+from tests.cluster.sandbox import ROOT
 
 SPACE = "default"
 
@@ -273,3 +279,35 @@ def test_containers_wait_are_probed_start_again_and_follow_each_other(double: Do
     assert (large["status"]["phase"], events(double, large)) == ("Pending", ["FailedScheduling"])
     root = until_pod(double, "root", lambda found: "waiting" in found["status"]["containerStatuses"][0]["state"])
     assert root["status"]["containerStatuses"][0]["state"]["waiting"]["reason"] == "CreateContainerConfigError"
+
+
+HOLDER = """
+    import sys, time
+    from pathlib import Path
+    from tests.cluster.double import Double
+    container = {"name": "main", "image": "any", "command": ["sh", "-c", "echo begun; sleep 600 & sleep 600"]}
+    spec = {"securityContext": {"runAsUser": 10001}, "containers": [container]}
+    with Double(Path(sys.argv[1])) as double:
+        metadata = {"name": "pod", "namespace": "default"}
+        double.state.create({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
+        while (path := double.kubelet.log_path("default", "pod")) is None or not path.read_text():
+            time.sleep(0.05)
+        worker, = double.kubelet._workers.values()
+        print(worker._runs[0].container.first_process, flush=True)
+        time.sleep(600)
+"""
+
+
+def test_pods_end_with_the_process_that_holds_the_double_however_it_ends(tmp_path: Path) -> None:
+    if why_not() is not None:
+        return
+    command = [sys.executable, "-c", textwrap.dedent(HOLDER), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
+        assert holder.stdout is not None
+        first = psutil.Process(int(holder.stdout.readline()))
+        assert first.uids().real == 10001
+        family = [first, *first.children(recursive=True)]
+        assert len(family) == 3
+        holder.kill()
+    gone, alive = psutil.wait_procs(family, timeout=30)
+    assert (len(gone), alive) == (3, [])
