@@ -90,11 +90,6 @@ class Kubelet:
         """Kills all processes of a pod's containers at once, as a machine's memory killer or an accident would."""
         self._worker(namespace, pod).signal_all(number)
 
-    def address_of(self, namespace: str, pod: str) -> str:
-        """The pod's address, for `network.cut` and the like."""
-        address: str = self._state.get("Pod", namespace, pod)["status"]["podIP"]
-        return address
-
     def evict(self, namespace: str, pod: str, reason: str = "EvictionByEvictionAPI") -> None:
         """Says that a pod is disrupted, then deletes it, as an eviction, a drain or a preemption does."""
 

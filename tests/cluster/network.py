@@ -67,14 +67,6 @@ class PodNetwork:
         if name is not None and Path(f"/sys/class/net/{name}").exists():
             subprocess.run(["ip", "link", "delete", name], capture_output=True, check=False)  # it went by itself
 
-    def cut(self, address: str) -> None:
-        """The pod reaches nobody until it is healed."""
-        ip("link", "set", self._plugged[address], "down")
-
-    def heal(self, address: str) -> None:
-        """Puts it back."""
-        ip("link", "set", self._plugged[address], "up")
-
     def open_door(self, port: int) -> None:
         """From now on, pods reach the port of this machine's loopback at the bridge's address."""
         self._doors.append(Door(self.gateway, port))
