@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from math import isqrt
 from typing import Any, Literal
 
@@ -50,6 +51,8 @@ class TokenTrunk(ImageTeacher):
     def __init__(self, config: TokenTrunkConfig) -> None:
         super().__init__(config)
         self.trunk = build_trunk(config.trunk, config.projection)
+        # Called as a module, and not by its parts: ZeRO stage 3 gathers a module's own weights around its call alone
+        self.trunk.forward = partial(_found_and_features, self.trunk)
         self._tokens = config.tokens
         self._is_projected = config.projection is not None
         self._num_prefix_tokens: int | None = getattr(self.trunk, "num_prefix_tokens", None)
@@ -83,10 +86,9 @@ class TokenTrunk(ImageTeacher):
         attention: list[Tensor] = []
         listening = _ATTENTION.set(attention if self.has_saliency else None)
         try:
-            found: Tensor = self.trunk.forward_features(images)  # type: ignore[operator]
+            found, features = self.trunk(images)
         finally:
             _ATTENTION.reset(listening)
-        features: Tensor = self.trunk.forward_head(found)  # type: ignore[operator]
         grid = self._as_grid(found)
         saliency = None
         if self.has_saliency:
@@ -160,6 +162,12 @@ class TokenTrunk(ImageTeacher):
             words: ImageWords = self(self.mean.new_zeros(1, 3, self.image_size, self.image_size))
         self.train(was_training)
         return words
+
+
+def _found_and_features(trunk: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """A network's last map or tokens, and what it makes of them: its own forward pass returns the latter alone."""
+    found = trunk.forward_features(images)
+    return found, trunk.forward_head(found)
 
 
 def _hear(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
