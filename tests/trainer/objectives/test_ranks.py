@@ -41,27 +41,23 @@ def of_each_term(case: str, batch: Any) -> dict[str, Found]:
     return {name: backward(objective, batch, [name]) for name in names} if len(names) > 1 else {}
 
 
-def all_cases_on_this_rank(found: Any) -> dict[str, dict[str, Found]]:
-    return {case: found(case, of_this_rank(case)) for case in CASES}
+def on_this_rank(found: Any, case: str) -> dict[str, Found]:
+    return found(case, of_this_rank(case))
 
 
-def all_cases_through_the_engine(stage: int) -> dict[str, Found]:
+def through_the_engine(case: str, stage: int) -> Found:
     """Terms of this rank, and the pieces of the update that its optimizer holds, zero elsewhere."""
-    world, found = World.from_env(), {}
+    objective, batch = build(case), of_this_rank(case)
     config = EngineConfig.model_validate(
         {"optimizer": {"kind": "sgd", "lr": LR, "momentum": 0.0}, "zero_stage": stage, "precision": "float32"}
     )
-    for case in CASES:
-        objective, batch = build(case), of_this_rank(case)
-        engine = build_engine(objective, config, world, BatchSplit(len(batch), 1))
+    with build_engine(objective, config, World.from_env(), BatchSplit(len(batch), 1)) as engine:
         before = pieces(engine)
         terms = engine(batch)
         engine.backward(terms)
         engine.step()
         moved = {name: (before[name] - after) / LR for name, after in pieces(engine).items()}
-        found[case] = {name: term.detach() for name, term in terms.items()}, moved
-    engine.close()
-    return found
+    return {name: term.detach() for name, term in terms.items()}, moved
 
 
 def pieces(engine: Any) -> dict[str, Tensor]:
@@ -98,19 +94,17 @@ def check(case: str, ranks: list[Found], whole: Found, *, summed: bool = False) 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("found", [of_all_terms, pytest.param(of_each_term, marks=pytest.mark.slow)])
-def test_ranks_are_one_batch_in_each_term_and_its_gradient(found: Any, world: int) -> None:
-    ranks = run_ranks(all_cases_on_this_rank, found, world=world)
-    for case in CASES:
-        for terms, whole in found(case, batch_of(case)).items():
-            check(f"{case}, {terms}", [rank[case][terms] for rank in ranks], whole)
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_are_one_batch_in_each_term_and_its_gradient(case: str, found: Any, world: int) -> None:
+    ranks = run_ranks(on_this_rank, found, case, world=world)
+    for terms, whole in found(case, batch_of(case)).items():
+        check(f"{case}, {terms}", [of_rank[terms] for of_rank in ranks], whole)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("stage", range(4))
 def test_every_zero_stage_makes_the_update_of_one_batch(stage: int, world: int) -> None:
-    ranks = run_ranks(all_cases_through_the_engine, stage, world=world)
     for case in CASES:
-        check(
-            f"{case}, stage {stage}", [rank[case] for rank in ranks], backward(build(case), batch_of(case)), summed=True
-        )
+        ranks = run_ranks(through_the_engine, case, stage, world=world)
+        check(f"{case}, stage {stage}", ranks, backward(build(case), batch_of(case)), summed=True)
