@@ -340,19 +340,32 @@ def test_a_pod_that_comes_to_a_finished_run_has_nothing_to_do(
 def run_with_agent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Told, said: str, meanwhile: Any = lambda: None
 ) -> int:
-    """The exit code of a pod whose agent says this much, then waits until it is told to stop."""
+    """The exit code of a pod whose agent has said this much, and waits until it is told to stop.
+
+    `meanwhile` is called twice the pod's patience after the agent has begun to listen.
+    """
     monkeypatch.setattr(pod, "_LOOK_SECONDS", 0.05)
     node = made(
         "--index=1", "--patience=1", *NODE, "--", "pretrain", "--config=c", f"--run={tmp_path}/run", scratch=tmp_path
     )
     node = Pod(**{**vars(node), "address": "127.0.0.1"})
     node.logs.mkdir(parents=True)
+    (node.logs / "events.jsonl").write_text(said)
+    listens = tmp_path / "listens"
     program = (
         f"import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); "
-        f"open({str(node.logs / 'events.jsonl')!r}, 'w').write({said!r}); time.sleep(60)"
+        f"open({str(listens)!r}, 'w').close(); time.sleep(60)"
     )
     monkeypatch.setattr(pod, "agent_command", lambda *_: python(program))
-    threading.Timer(3.0, meanwhile).start()
+
+    def wait_and_act() -> None:
+        deadline = time.monotonic() + 60
+        while not listens.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(2 * node.patience)
+        meanwhile()
+
+    threading.Thread(target=wait_and_act, daemon=True).start()
     return pod.run_node(node, told, holds_store=False)
 
 
