@@ -52,7 +52,7 @@ def running_s3_server(folder: Path, wanted_port: int | None = None) -> Iterator[
             try:
                 process.wait(_END_SECONDS)
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # Ceph is several programs
                 process.wait()
     raise RuntimeError(f"The S3 server does not start; its last words:\n{(own_folder / 'log').read_text()[-2000:]}")
 
@@ -142,7 +142,7 @@ def _start(folder: Path, port: int) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "ministack"]
         environment |= _ministack_settings(folder, port)
     with (folder / "log").open("ab") as log:
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, close_fds=True)
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, process_group=0)
 
 
 def _ministack_settings(folder: Path, port: int) -> dict[str, str]:
