@@ -42,9 +42,9 @@ def test_no_wrong_manifest_is_stored(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", [VERSIONS[0], VERSIONS[-1]])
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_no_wrong_manifest_is_stored_by_any_kubernetes(path: Path, version: str) -> None:
+def test_no_wrong_manifest_is_stored_by_the_oldest_and_the_newest_kubernetes(path: Path, version: str) -> None:
     assert accepted(path, version) == []
 
 
