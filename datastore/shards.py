@@ -20,7 +20,7 @@ from jaxtyping import Int64, Shaped
 from numcodecs import blosc, zstd
 
 from datastore.buffers import rounded
-from datastore.errors import StoreError, ViewpointError
+from datastore.errors import StoreError, Unavailable
 from datastore.fetch import Fetcher, FetchFailed
 from datastore.layout import Store, StoredField
 from datastore.schema import Codec
@@ -116,7 +116,7 @@ class ShardReader:
     def read(self, rows: Int64[np.ndarray, " r"]) -> Shaped[np.ndarray, "r ..."]:
         """The given rows, ascending, as they lie in the store.
 
-        StoreError where they are damaged or missing, ViewpointError where they cannot be had for now.
+        StoreError where they are damaged or missing, Unavailable where they cannot be had for now.
         """
         result = self._fetcher.buffers.empty((len(rows), *self._kept), self._dtype)
         for shard, start, end in self._by_shard(rows):
@@ -187,7 +187,7 @@ class ShardReader:
             last = min(first + stored.shard_rows, stored.num_rows) - 1
             failure = f"{self._url}/{name} (rows {first} to {last} of {stored.path!r}) cannot be read: {error}"
             if error.may_pass:
-                raise ViewpointError(
+                raise Unavailable(
                     f"{failure}. Check the network and the server, then start the run again: it goes on from its last "
                     f"checkpoint. data.fetch.retry_seconds is how long such trouble is waited out."
                 ) from error
