@@ -11,6 +11,7 @@ schemas and `rules.py`. Nothing runs: for that a kubelet and a Job controller wo
 import json
 import select
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -126,8 +127,6 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that went away is no news; anything else is a fault of ours and goes to stderr."""
-        import sys
-
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
