@@ -33,7 +33,7 @@ Problem = Callable[[memoryview], str | None]
 
 _TIMES_SETTLED: Final = 2  # a machine on the way, too, can hold a damaged copy; another one is asked the next time
 _LONGEST_PAUSE_SECONDS: Final = 5.0
-_LAST_PAUSE: Final = 0.9  # of the time that is left, at most: then comes the last attempt
+_LAST_PAUSE: Final = 0.75  # of the time that is left, at most: then comes the last attempt, which takes time, too
 _NEAR_SECONDS: Final = 0.005  # to the first byte: a server on this machine or beside it
 _REMEMBERED: Final = 64
 _KEEP_BYTES: Final = 256 * 2**20

@@ -173,9 +173,9 @@ def test_the_budget_ends_in_an_error_that_says_what_was_tried(
     server.script = lambda number: answer
     started = time.monotonic()
     with pytest.raises(FetchFailed, match=r"; \d+ attempts within \d+ s went like this") as raised:
-        fetched(fetcher_of(retry_seconds=0.4), 0, 100)
+        fetched(fetcher_of(retry_seconds=0.8), 0, 100)
     assert raised.value.may_pass
-    assert 0.3 < time.monotonic() - started < 2.0
+    assert 0.5 < time.monotonic() - started < 2.0
     assert len(server.asked) >= 2
 
 
@@ -206,31 +206,31 @@ def test_all_trouble_of_a_range_has_one_budget(server: RangeServer, fetcher_of: 
 
 
 def test_fetches_can_share_a_budget(server: RangeServer, fetcher_of: FetcherOf) -> None:
-    fetcher = fetcher_of(retry_seconds=0.5)
+    fetcher = fetcher_of(retry_seconds=0.3)
     budget = fetcher.budget()
-    server.fails(2, status(503))
+    server.fails(1, status(503))
     for _ in range(2):
         fetcher.fetch("shard", 0, 100, expecting(0, 100), budget=budget)
-        time.sleep(0.5)  # the second one has no trouble, and needs no time for any
+        time.sleep(0.3)  # the second one has no trouble, and needs no time for any
     server.script = lambda number: status(503)
     with pytest.raises(FetchFailed, match=r"; 1 attempts within \d s"):
         fetcher.fetch("shard", 0, 100, expecting(0, 100), budget=budget)
-    server.script = lambda number: status(503) if number < 6 else right
+    server.script = lambda number: status(503) if number < 4 else right
     assert fetched(fetcher, 0, 100) == CONTENT[:100], "it has a budget of its own"
 
 
 def test_a_read_under_way_ends_with_the_budget(server: RangeServer, fetcher_of: FetcherOf) -> None:
     server.script = lambda number: hung if number else status(503)
     started = time.monotonic()
-    with pytest.raises(FetchFailed, match=r"HTTP 503 .*; 1 attempts within [1-9] s went like this"):
-        fetched(fetcher_of(timeout_seconds=30.0, retry_seconds=1.0), 0, 100)
+    with pytest.raises(FetchFailed, match=r"HTTP 503 .*; 1 attempts within \d s went like this"):
+        fetched(fetcher_of(timeout_seconds=30.0, retry_seconds=0.4), 0, 100)
     assert time.monotonic() - started < 2.0
 
 
 def test_a_read_that_hangs_after_damage_is_given_up_for_the_damage(server: RangeServer, fetcher_of: FetcherOf) -> None:
     server.script = lambda number: hung if number > 1 else flipped_at(number)
-    with pytest.raises(FetchFailed, match=r"its bytes come damaged: .*; 2 attempts within [1-9] s went like this"):
-        fetched(fetcher_of(timeout_seconds=30.0, retry_seconds=1.0), 0, 100)
+    with pytest.raises(FetchFailed, match=r"its bytes come damaged: .*; 2 attempts within \d s went like this"):
+        fetched(fetcher_of(timeout_seconds=30.0, retry_seconds=0.6), 0, 100)
 
 
 def test_a_server_that_trickles_is_one_that_hangs(server: RangeServer, fetcher_of: FetcherOf) -> None:
@@ -248,7 +248,7 @@ def test_a_server_that_trickles_is_one_that_hangs(server: RangeServer, fetcher_o
     assert (fetcher.retries, time.monotonic() - started < 5.0) == (2, True)
     server.script = lambda number: trickling
     with pytest.raises(FetchFailed, match=r"TimeoutError: .* came within 0.3 s|timed out"):
-        fetched(fetcher_of(timeout_seconds=0.3, retry_seconds=0.6), 0, 200)
+        fetched(fetcher_of(timeout_seconds=0.3, retry_seconds=0.2), 0, 200)
 
 
 def test_a_slow_server_that_sends_enough_is_waited_for(
@@ -259,7 +259,7 @@ def test_a_slow_server_that_sends_enough_is_waited_for(
     def slow(handler: Handler, content: bytes) -> None:
         handler.begin(206, len(content))
         for place in range(0, len(content), 100):
-            time.sleep(0.1)
+            time.sleep(0.08)
             handler.wfile.write(content[place : place + 100])
 
     server.script = lambda number: slow
