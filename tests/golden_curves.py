@@ -1,6 +1,8 @@
 """The first steps of every demo recipe, as they are now and as they were when they were last written down.
 
-    python -m tests.golden_curves        writes tests/golden/curves.json anew, on one thread; says in a commit why
+    python -m tests.golden_curves [JOB ...]
+
+writes tests/golden/curves.json anew, or those jobs' curves in it, on one thread; say in a commit why.
 
 Teachers and networks that a recipe needs are trained for as many steps, on the same small corpus.
 """
@@ -9,6 +11,7 @@ import json
 import platform
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -92,20 +95,27 @@ def _train(config: RunConfig, url: str, store_url: str) -> list[dict[str, float]
     return [record["terms"] for record in train(config, url).metrics()]
 
 
-def main() -> int:
-    """Writes the file."""
+def main(jobs: Sequence[str]) -> int:
+    """Writes the file, all of it or these jobs' curves."""
+    written = json.loads(FILE.read_text()) if jobs else {"machine": machine(), "curves": {}}
+    if written["machine"] != machine():
+        print(
+            f"The other curves are of {written['machine']}: write all of them anew, without naming jobs.",
+            file=sys.stderr,
+        )
+        return 2
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="viewpoint-golden-") as name:
         folder = Path(name)
         store_url = make_corpus(folder)
-        found: dict[str, Any] = {}
-        for job in known_jobs(demo=True):
+        found: dict[str, Any] = written["curves"]
+        for job in jobs or known_jobs(demo=True):
             found[job] = curves(job, store_url, folder)
             print(f"{job}: {sum(found[job][0].values()):.4f} -> {sum(found[job][-1].values()):.4f}", file=sys.stderr)
     FILE.parent.mkdir(exist_ok=True)
-    FILE.write_text(json.dumps({"machine": machine(), "curves": found}, indent=1) + "\n")
+    FILE.write_text(json.dumps(written, indent=1) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
