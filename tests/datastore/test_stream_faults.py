@@ -26,7 +26,7 @@ from torch import Tensor
 
 from datastore import disk_cache
 from datastore.batch import Batch
-from datastore.errors import EXIT_FAILED, StoreError, ViewpointError
+from datastore.errors import EXIT_UNAVAILABLE, StoreError, ViewpointError
 from datastore.fetch import FetchConfig
 from datastore.layout import create_teacher
 from datastore.objects import ObjectFolder
@@ -195,7 +195,7 @@ def test_trouble_without_end_is_an_error_with_shard_and_cause_within_the_budget(
     ) as raised:
         list(steps)
     assert time.monotonic() - started < 1.0 + 2 * 0.5 + CLOSING_SECONDS
-    assert raised.value.exit_code == EXIT_FAILED, "starting the run again makes sense"
+    assert raised.value.exit_code == EXIT_UNAVAILABLE, "starting the run again makes sense"
     assert request_threads() == []
 
 
@@ -338,7 +338,7 @@ def test_a_full_cache_disk_is_a_word_and_no_more(
 def test_processes_share_a_cache_that_evicts(stores: Stores, proxy: FaultProxy, tmp_path: Path, rate: float) -> None:
     proxy.trouble = Trouble(dict.fromkeys(("unavailable", "flipped", "reset"), rate / 3), path_part=SHARDS)
     limit_bytes = 2**19
-    settings = {"num_epochs": 2, "cache_gib": limit_bytes / 2**30}
+    settings = {"num_epochs": 6, "cache_gib": limit_bytes / 2**30}
     with reader_of(stores, tmp_path, **settings) as one, reader_of(stores, tmp_path, **settings) as two:
         for reader in (one, two):
             reader.join(60)
