@@ -224,6 +224,7 @@ def _deepspeed_config(config: EngineConfig, parameters: list[nn.Parameter], spli
             "stage": config.zero_stage,
             "reduce_bucket_size": bucket,
             "stage3_prefetch_bucket_size": bucket,
+            "sub_group_size": bucket,  # updated at a time: what the optimizer lays beside its state is as large
             "stage3_max_live_parameters": kept,
             "stage3_max_reuse_distance": kept,
             **({"offload_optimizer": host_memory} if config.offload != "none" else {}),
