@@ -36,7 +36,14 @@ class Toy(nn.Module):
         return {"square": out.square().mean(), "sum": 0.1 * (out.sum(dim=1) - 1).abs().mean()}
 
 
-def toy_engine(config: EngineConfig, *, micro_batch: int = 4, norm: bool = True, world: World | None = None) -> Engine:
+def toy_engine(
+    config: EngineConfig,
+    *,
+    micro_batch: int = 4,
+    norm: bool = True,
+    world: World | None = None,
+    global_batch: int = GLOBAL_BATCH,
+) -> Engine:
     """An engine around the toy, with the same weights on each call."""
     torch.manual_seed(0)
     toy = Toy()
@@ -44,7 +51,7 @@ def toy_engine(config: EngineConfig, *, micro_batch: int = 4, norm: bool = True,
         toy.norm.eval()
         toy.norm.train = lambda mode=True: toy.norm  # type: ignore[method-assign]
     world = world or World.from_env()
-    return build_engine(toy, config, world, split_batch(GLOBAL_BATCH, world.size, micro_batch))
+    return build_engine(toy, config, world, split_batch(global_batch, world.size, micro_batch))
 
 
 def config_of(stage: int, kind: str = "adam", **settings: object) -> EngineConfig:
@@ -54,21 +61,23 @@ def config_of(stage: int, kind: str = "adam", **settings: object) -> EngineConfi
     )
 
 
-def micro_batches(step: int, world: World, *, micro_batch: int = 4) -> list[ToyBatch]:
+def micro_batches(step: int, world: World, *, micro_batch: int = 4, global_batch: int = GLOBAL_BATCH) -> list[ToyBatch]:
     """This rank's share of global batch `step`, which is the same however many ranks share it."""
-    samples = torch.randn(GLOBAL_BATCH, 3, generator=torch.Generator().manual_seed(step))
-    ids = torch.arange(GLOBAL_BATCH) + step * GLOBAL_BATCH
+    samples = torch.randn(global_batch, 3, generator=torch.Generator().manual_seed(step))
+    ids = torch.arange(global_batch) + step * global_batch
     parts = zip(ids.split(micro_batch), samples.split(micro_batch), strict=True)
     batches = [ToyBatch(ids=ids, seeds=ids, points=points) for ids, points in parts]
     return batches[world.rank :: world.size]
 
 
-def train(engine: Engine, steps: Iterable[int], *, micro_batch: int = 4) -> list[float]:
+def train(
+    engine: Engine, steps: Iterable[int], *, micro_batch: int = 4, global_batch: int = GLOBAL_BATCH
+) -> list[float]:
     """The loss of each step, as this rank sees it."""
     losses = []
     for step in steps:
         total = 0.0
-        for batch in micro_batches(step, engine.world, micro_batch=micro_batch):
+        for batch in micro_batches(step, engine.world, micro_batch=micro_batch, global_batch=global_batch):
             terms = engine(batch)
             engine.backward(terms)
             engine.step()
