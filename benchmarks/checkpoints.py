@@ -1,10 +1,9 @@
-"""What saving costs a run: stall, slow-down while uploading, bytes a parameter; memory by ZeRO stage; cost of metrics.
+"""What saving costs a run: stall, slow-down while uploading, bytes a parameter; and what metrics cost.
 
-    python benchmarks/checkpoints.py [--parameters 50e6] [--saves 5] [--ranks 4] [--check] [--json FILE]
+    python benchmarks/checkpoints.py [--parameters 50e6] [--saves 5] [--check] [--json FILE]
 
 50 million parameters are 600 MB on one rank: float32 masters and Adam's two moments. Steps beside an upload and steps
-without one take turns; medians count. The memory of a rank is what a process has grown by since before its model, beside
-what ZeRO promises. On a busy machine times are upper bounds.
+without one take turns; medians count. On a busy machine times are upper bounds.
 """
 
 import argparse
@@ -12,7 +11,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +20,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +29,7 @@ from trainer.checkpoint import Identity, Position, start
 from trainer.commits import CheckpointConfig
 from trainer.distributed import World, joined
 from trainer.engine import Engine, EngineConfig, build_engine, split_batch
-from trainer.metrics import Exporter, Means, MetricsConfig, StepFigures, TimeAccount
+from trainer.metrics import Bucket, Exporter, Means, MetricsConfig, StepFigures, TimeAccount
 from trainer.runfolder import RunFolder
 from trainer.saving import Saver
 
@@ -100,63 +97,17 @@ def measure_saves(num_parameters: int, saves: int, rows: int) -> dict[str, float
     }
 
 
-def measure_memory(stage: int, ranks: int, num_parameters: int) -> tuple[float, float]:
-    """Bytes a parameter on each rank, as processes grew and as ZeRO promises, all in float32."""
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, "--as-rank", f"{stage},{num_parameters},{folder}"],
-                env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(ranks)
-        ]
-        grown = [float(process.communicate()[0].split()[-1]) for process in processes]
-    weights, gradients, state = 4.0, 4.0, 8.0
-    masters = 0.0 if stage == 0 else 4.0 / ranks  # stage 0 updates the weights themselves
-    promised = {
-        0: weights + gradients + state,
-        1: weights + gradients + masters + state / ranks,
-        2: weights + gradients / ranks + masters + state / ranks,
-        3: (weights + gradients + state) / ranks + masters,
-    }
-    return statistics.median(grown) / num_parameters, promised[stage]
-
-
-def be_a_rank(words: str) -> None:
-    """Prints by how many bytes this process grew from before its model until after two steps."""
-    import torch.distributed as dist
-
-    stage, num_parameters, folder = words.split(",")
-    world = World.from_env()
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/rendezvous", world.size)
-    dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size)
-    from trainer.engine import import_deepspeed
-
-    import_deepspeed()
-    before = psutil.Process().memory_info().rss
-    layers = Layers(int(num_parameters))
-    with build_engine(
-        layers, EngineConfig(zero_stage=int(stage)), world, split_batch(world.size * 4, world.size, 4)
-    ) as engine:
-        for _ in range(2):
-            step(engine, 4)
-        dist.barrier()
-        print(psutil.Process().memory_info().rss - before)
-
-
 def measure_metrics(steps: int = 2000) -> float:
     """Seconds of processor time that all figures of one step cost: account, means, exporter, line of metrics.jsonl."""
     with tempfile.TemporaryDirectory() as folder:
         run, account, means = RunFolder(folder), TimeAccount(), Means()
         exporter = Exporter(MetricsConfig(), World(), "benchmark", account)
         terms = {"task": 1.0, "alignment": 2.0, "transform_penalty": 3.0}
+        buckets: tuple[Bucket, ...] = ("forward", "backward", "optimizer", "data_wait", "other")
         began = time.process_time()
         for number in range(steps):
-            for bucket in ("forward", "backward", "optimizer", "data_wait", "other"):
-                account.enter(bucket)  # type: ignore[arg-type]
+            for bucket in buckets:
+                account.enter(bucket)
             means.add({"loss": 6.0, **terms})
             figures = StepFigures(step=number, loss=6.0, terms=terms, phases=account.phases())
             exporter.observe(figures, number)
@@ -174,17 +125,11 @@ def main() -> int:
     parser.add_argument("--parameters", type=float, default=50e6)
     parser.add_argument("--saves", type=int, default=5)
     parser.add_argument("--rows", type=int, default=256, help="of a batch: how long a step takes")
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--memory-parameters", type=float, default=20e6)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--check", action="store_true", help="fail where a target is missed")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--as-rank", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if arguments.as_rank:
-        be_a_rank(arguments.as_rank)
-        return 0
     torch.set_num_threads(arguments.threads or os.cpu_count() or 1)
     metrics = measure_metrics()
     saves = measure_saves(int(arguments.parameters), arguments.saves, arguments.rows)
@@ -210,12 +155,7 @@ def main() -> int:
     ]
     for title, text in rows:
         print(f"{title:<18}{text()}")
-    print(f"\nbytes a parameter on each of {arguments.ranks} ranks, float32 with Adam")
-    print(f"{'ZeRO stage':<12}{'measured':>10}{'theory':>10}")
-    for stage in range(4):
-        measured, promised = measure_memory(stage, arguments.ranks, int(arguments.memory_parameters))
-        print(f"{stage:<12}{measured:>10.1f}{promised:>10.1f}")
-    record = {
+    record: dict[str, Any] = {
         "benchmark": "checkpoints",
         "device": "cpu",
         "cores": os.cpu_count(),
@@ -231,7 +171,7 @@ def main() -> int:
     print(json.dumps(record))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
-    return int(arguments.check and not all(each["ok"] for each in record["targets"].values()))  # type: ignore[attr-defined]
+    return int(arguments.check and not all(each["ok"] for each in record["targets"].values()))
 
 
 if __name__ == "__main__":
