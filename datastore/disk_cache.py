@@ -60,6 +60,9 @@ class DiskCache:
         try:
             (folder / _DRAFTS).mkdir(parents=True, exist_ok=True)
             remove_abandoned(folder / _DRAFTS)
+            if not any(folder.glob("[0-9a-f][0-9a-f]")):
+                with suppress(FileExistsError), (folder / _TOTAL).open("xb") as file:  # another process begins it, too
+                    _put_total(file.fileno(), 0)
         except OSError as error:
             self._rest(error)
 

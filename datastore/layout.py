@@ -15,12 +15,13 @@ manifest and sees that one: shards that it does not name do not exist, whatever 
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Final, Literal, TypeVar
 
+import google_crc32c
 import numpy as np
 import zarr
 from jaxtyping import Int64, Integer, UInt8
@@ -41,11 +42,15 @@ INGEST: Final = "ingest"
 _ATTRIBUTES_KEY: Final = "viewpoint"
 _FIELDS_KEY: Final = "viewpoint_fields"
 _TEACHER_KEY: Final = "viewpoint_teacher"
+_CHECKSUM_KEY: Final = "viewpoint_crc32c"  # of a group's attributes that are Viewpoint's
+_SEAL: Final = b'{"crc32c":"%08x",'  # how a document begins that carries the checksum of the rest of it
+_READ_ATTEMPTS: Final = 5
 _TEACHERS_FOLDER: Final = "teachers"
 _COMMITS_FOLDER: Final = f"{BOOKKEEPING_FOLDER}/commits"
 _MANIFESTS_FOLDER: Final = f"{BOOKKEEPING_FOLDER}/manifests"
 _FILL_VALUES: Final[Mapping[str, int]] = {"split": schema.QUARANTINED, "label": -1, "part_labels": -1}
 Model = TypeVar("Model", bound=BaseModel)
+T = TypeVar("T")
 
 _CACHED_SHARD_BYTES: Final = 256 * 2**20
 """At most, so that a shard is written and fetched in one piece: tokens take a hundred times as much as features."""
@@ -748,26 +753,55 @@ def newest_manifest(folder: ObjectFolder) -> Manifest:
         return Manifest()
     name = manifest_name(numbers[-1])
     mend = "Remove it: the one before it counts then, and the next `viewpoint ingest` or `cache` writes a new one."
-    return parse_document(Manifest, folder.read(name), f"{folder.url}/{name}", mend)
+    return _read_again_if_damaged(
+        folder, name, lambda content: parse_document(Manifest, content, f"{folder.url}/{name}", mend)
+    )
 
 
 def _manifest_numbered(folder: ObjectFolder, number: int) -> Manifest:
     name = manifest_name(number)
     mend = "Restore it from a copy, or start a new run, which sees the newest."
     try:
-        return parse_document(Manifest, folder.read(name), f"{folder.url}/{name}", mend)
+        return _read_again_if_damaged(
+            folder, name, lambda content: parse_document(Manifest, content, f"{folder.url}/{name}", mend)
+        )
     except FileNotFoundError:
         raise StoreError(f"{folder.url} has no {name} any more, which this run began with. {mend}") from None
 
 
 def parse_document(model: type[Model], content: bytes, where: str, mend: str) -> Model:
     """The object that a JSON document describes; an error that names the document and how to mend it."""
+    seal, rest = content[: len(_SEAL % 0)], b"{" + content[len(_SEAL % 0) :]
+    if seal[:10] == _SEAL[:10]:  # documents of older versions have none
+        if seal != _SEAL % google_crc32c.value(rest):
+            raise StoreError(f"{where} is damaged (its checksum is another). {mend}")
+        content = rest
     try:
         return model.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         problem = ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
         raise StoreError(f"{where} is damaged or from another version of Viewpoint ({problem}). {mend}") from error
+
+
+def as_document(model: BaseModel) -> bytes:
+    """What `parse_document` takes, with a checksum of itself: a digit that flips on the way is noticed."""
+    content = model.model_dump_json().encode()
+    seal: bytes = _SEAL % google_crc32c.value(content)
+    return seal + content[1:]
+
+
+def _read_again_if_damaged(folder: ObjectFolder, name: str, parse: Callable[[bytes], T]) -> T:
+    """What an object's content means. The error is of the store's own bytes: they came twice the same."""
+    before: set[bytes] = set()
+    while True:
+        content = folder.read(name)
+        try:
+            return parse(content)
+        except StoreError:
+            if content in before or len(before) == _READ_ATTEMPTS:
+                raise
+        before.add(content)
 
 
 def _triple(values: Sequence[float]) -> str:
@@ -794,15 +828,11 @@ def _teacher_keys(folder: ObjectFolder) -> list[str]:
 def _read_attributes(folder: ObjectFolder) -> tuple[StoreAttributes, tuple[str, ...]]:
     command = f"Write a store with `viewpoint ingest SOURCE {folder.url}`."
     try:
-        document = json.loads(folder.read("zarr.json"))
+        document = _read_group(folder, "zarr.json", f"Restore it from a copy, or remove the folder. {command}")
     except (FileNotFoundError, NotADirectoryError):
         names = folder.names()
         found = f"It holds {_listing(names)}." if names else "Nothing is there."
         raise StoreError(f"{folder.url} is no store: it has no zarr.json. {found} {command}") from None
-    except json.JSONDecodeError as error:
-        raise StoreError(
-            f"{folder.url}/zarr.json is damaged ({error}). Restore it from a copy, or remove the folder. {command}"
-        ) from error
     found_attributes = document.get("attributes", {})
     if _ATTRIBUTES_KEY not in found_attributes:
         raise StoreError(
@@ -822,9 +852,9 @@ def _read_attributes(folder: ObjectFolder) -> tuple[StoreAttributes, tuple[str, 
 
 def _read_teacher(folder: ObjectFolder, key: str) -> TeacherAttributes:
     name = f"{_TEACHERS_FOLDER}/{key}/zarr.json"
-    document = json.loads(folder.read(name))
-    found = json.dumps(document["attributes"].get(_TEACHER_KEY, {})).encode()
     mend = f"Remove {_TEACHERS_FOLDER}/{key} and run `viewpoint cache {folder.url} --teacher {key.partition('@')[0]}`."
+    document = _read_group(folder, name, mend)
+    found = json.dumps(document["attributes"].get(_TEACHER_KEY, {})).encode()
     return parse_document(TeacherAttributes, found, f"{folder.url}/{name}", mend)
 
 
@@ -835,7 +865,33 @@ def _write_array_documents(store: Store, scope: str) -> None:
 
 
 def _group_document(attributes: Mapping[str, Any]) -> bytes:
-    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}, indent=2).encode()
+    sealed = {_CHECKSUM_KEY: _attributes_checksum(attributes), **attributes} if attributes else {}
+    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": sealed}, indent=2).encode()
+
+
+def _attributes_checksum(attributes: Mapping[str, Any]) -> str:
+    """Of what is Viewpoint's: others may add attributes of their own."""
+    ours = {key: attributes[key] for key in (_ATTRIBUTES_KEY, _FIELDS_KEY, _TEACHER_KEY) if key in attributes}
+    return f"{google_crc32c.value(json.dumps(ours, sort_keys=True).encode()):08x}"
+
+
+def _read_group(folder: ObjectFolder, name: str, mend: str) -> dict[str, Any]:
+    """A group's document."""
+
+    def parse(content: bytes) -> dict[str, Any]:
+        try:
+            document: dict[str, Any] = json.loads(content)
+        except ValueError as error:
+            raise StoreError(f"{folder.url}/{name} is damaged ({error}). {mend}") from error
+        attributes = document.get("attributes", {})
+        expected = attributes.get(_CHECKSUM_KEY)  # groups of older versions have none
+        is_damaged = expected is not None and expected != _attributes_checksum(attributes)
+        known = {_ATTRIBUTES_KEY, _FIELDS_KEY, _TEACHER_KEY, _CHECKSUM_KEY}
+        if is_damaged or any(key.startswith(_ATTRIBUTES_KEY) and key not in known for key in attributes):
+            raise StoreError(f"{folder.url}/{name} is damaged (its checksum is another). {mend}")
+        return document
+
+    return _read_again_if_damaged(folder, name, parse)
 
 
 def _refuse_difference(

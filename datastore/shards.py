@@ -21,7 +21,7 @@ from numcodecs import blosc, zstd
 
 from datastore.buffers import rounded
 from datastore.errors import StoreError, Unavailable
-from datastore.fetch import Fetcher, FetchFailed
+from datastore.fetch import Budget, Fetcher, FetchFailed
 from datastore.layout import Store, StoredField
 from datastore.schema import Codec
 
@@ -177,10 +177,11 @@ class ShardReader:
         """Chunks of a shard, ascending, as they lie there, each checked."""
         stored, name = self.stored, self.stored.shard_name(shard)
         try:
-            index = self._index(shard, name)
+            budget = self._fetcher.budget()  # for trouble with the index and the chunks together
+            index = self._index(shard, name, budget)
             encoded: dict[int, memoryview] = {}
             for first, last in _stretches(chunks):
-                encoded |= self._chunks(shard, name, index, first, last)
+                encoded |= self._chunks(shard, name, index, first, last, budget)
             return encoded
         except FetchFailed as error:
             first = shard * stored.shard_rows
@@ -195,18 +196,20 @@ class ShardReader:
                 f"{failure}. `viewpoint inspect {self._url} --verify` lists everything that is damaged."
             ) from error
 
-    def _index(self, shard: int, name: str) -> np.ndarray:
+    def _index(self, shard: int, name: str, budget: Budget) -> np.ndarray:
         """Where each chunk of a shard lies."""
         found = self._indices.get(shard)
         if found is None:
             size = self._sums.sizes[shard]
             num_chunks = self.stored.shard_rows // self.stored.chunk_rows
             start = size - _CHECKSUM_BYTES - num_chunks * _INDEX_ENTRY.itemsize
-            found = self._fetcher.fetch(name, start, size, _checksum_problem, self._version(shard))
+            found = self._fetcher.fetch(name, start, size, _checksum_problem, self._version(shard), budget)
             self._indices.put(shard, found)
         return np.frombuffer(found, _INDEX_ENTRY, len(found) // _INDEX_ENTRY.itemsize)
 
-    def _chunks(self, shard: int, name: str, index: np.ndarray, first: int, last: int) -> dict[int, memoryview]:
+    def _chunks(
+        self, shard: int, name: str, index: np.ndarray, first: int, last: int, budget: Budget
+    ) -> dict[int, memoryview]:
         """Neighbouring chunks as they are encoded, each checked."""
         key = (shard, first, last)
         content = self._small_chunks.get(key)
@@ -222,7 +225,7 @@ class ShardReader:
             def problem(found: memoryview) -> str | None:
                 return next(filter(None, (_checksum_problem(found[begin:end]) for begin, end in bounds)), None)
 
-            content = self._fetcher.fetch(name, start, int(ends[-1]), problem, self._version(shard))
+            content = self._fetcher.fetch(name, start, int(ends[-1]), problem, self._version(shard), budget)
             if len(content) <= _SMALL_CHUNK_BYTES:
                 self._small_chunks.put(key, content)
         return {

@@ -35,6 +35,7 @@ from datastore.layout import (
     ShardSums,
     Store,
     StoredField,
+    as_document,
     as_runs,
     commit_name,
     commit_numbers,
@@ -155,7 +156,7 @@ class OpenBlock:
             statistics=dict(statistics or {}),
         )
         # a record of ours would vouch for shards that the other wrote, and theirs may have been withdrawn since
-        if self._yielded or not self._folder.create(self._record_name, _as_document(record)):
+        if self._yielded or not self._folder.create(self._record_name, as_document(record)):
             self._yield_to_other(record)
 
     def _refuse_broken(self) -> None:
@@ -314,7 +315,7 @@ def publish(store: Store) -> Manifest:
         if scopes == newest.scopes:
             return newest
         manifest = Manifest(number=newest.number + 1, scopes=scopes)
-        if store.folder.create(manifest_name(manifest.number), _as_document(manifest)):
+        if store.folder.create(manifest_name(manifest.number), as_document(manifest)):
             return manifest
 
 
@@ -493,7 +494,7 @@ def _records_known(
             splits=as_runs(splits[here]),
             statistics={field: of_blocks[place] for field, of_blocks in published.statistics.items()},
         )
-        if listed.get(block) == hashlib.md5(_as_document(record), usedforsecurity=False).hexdigest():
+        if listed.get(block) == hashlib.md5(as_document(record), usedforsecurity=False).hexdigest():
             known[block] = record
     return known
 
@@ -514,10 +515,6 @@ def _rows_by_reason(entries: Iterator[tuple[int, str]]) -> dict[str, tuple[int, 
     for row, reason in entries:
         rows.setdefault(reason[:_LONGEST_REASON], []).append(row)
     return {reason: tuple(sorted(rows[reason])) for reason in sorted(rows)}
-
-
-def _as_document(model: BaseModel) -> bytes:
-    return model.model_dump_json().encode()
 
 
 def _parse_record(content: bytes, where: str) -> CommitRecord:

@@ -31,6 +31,7 @@ from datastore.layout import (
     from_runs,
     open_store,
 )
+from datastore.objects import ObjectFolder
 from datastore.write import BlockWriter, publish, verify
 from tests.stores import sample_arrays, small_attributes, small_teacher, write_blocks, write_small_store
 
@@ -223,13 +224,67 @@ def test_an_unknown_schema_version_is_refused(tmp_path: Path) -> None:
     write_small_store(str(tmp_path), fields=("split", "id"))
     document = json.loads((tmp_path / "zarr.json").read_text())
     document["attributes"]["viewpoint"] |= {"schema_version": 99, "something_new": True}
+    del document["attributes"]["viewpoint_crc32c"]
     (tmp_path / "zarr.json").write_text(json.dumps(document))
     for call in (
         lambda: open_store(tmp_path),
         lambda: create_store(tmp_path, small_attributes(), ("split", "id")),
     ):
-        with pytest.raises(StoreError, match=r"has schema version 99; this Viewpoint reads version 3. Use the"):
+        with pytest.raises(
+            StoreError, match=rf"has schema version 99; this Viewpoint reads version {schema.SCHEMA_VERSION}\. Use"
+        ):
             call()
+
+
+def flipped_digits(content: bytes) -> list[bytes]:
+    """The document with one digit changed, for each: most of these still parse."""
+    begin = max(0, content.find(b'"attributes"'))  # of a group; what is before is zarr's
+    digits = [at for at in range(begin, len(content)) if content[at : at + 1].isdigit()]
+    return [content[:at] + (b"%d" % ((content[at] - ord("0") + 1) % 10)) + content[at + 1 :] for at in digits]
+
+
+@pytest.mark.parametrize(
+    "name", ["zarr.json", "_viewpoint/manifests/00000001.json", "teachers/teacher@feedc0de/zarr.json"]
+)
+def test_a_digit_that_flips_on_the_way_is_read_again_and_one_in_the_store_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    store = write_small_store(tmp_path / "shapes.zarr")
+    if name.startswith("teachers"):
+        add_teacher(store)
+    expected = open_store(tmp_path / "shapes.zarr")
+    path = tmp_path / "shapes.zarr" / name
+    whole, read = path.read_bytes(), ObjectFolder.read
+    for damaged in flipped_digits(whole)[::7]:
+        on_the_way = [damaged]
+        monkeypatch.setattr(
+            ObjectFolder, "read",
+            lambda folder, asked, way=on_the_way: way.pop() if asked == name and way else read(folder, asked),
+        )  # fmt: skip
+        found = open_store(tmp_path / "shapes.zarr")
+        assert on_the_way == []
+        assert (found.attributes, found.manifest, found.teachers) == (
+            expected.attributes, expected.manifest, expected.teachers,
+        )  # fmt: skip
+        monkeypatch.undo()
+    for damaged in flipped_digits(whole)[::17]:
+        path.write_bytes(damaged)
+        with pytest.raises(StoreError, match=rf"{name} (is|is damaged|has schema version)"):
+            open_store(tmp_path / "shapes.zarr")
+    path.write_bytes(whole)
+
+
+def test_a_store_of_an_older_version_without_checksums_is_read(tmp_path: Path) -> None:
+    expected = write_small_store(tmp_path / "shapes.zarr")
+    group = tmp_path / "shapes.zarr" / "zarr.json"
+    document = json.loads(group.read_text())
+    del document["attributes"]["viewpoint_crc32c"]
+    group.write_text(json.dumps(document))
+    manifest = tmp_path / "shapes.zarr" / "_viewpoint" / "manifests" / "00000001.json"
+    content = json.loads(manifest.read_text())
+    del content["crc32c"]
+    manifest.write_text(json.dumps(content))
+    assert open_store(tmp_path / "shapes.zarr").manifest == open_store(expected.url).manifest
 
 
 def test_a_store_without_a_manifest_says_to_go_on(tmp_path: Path) -> None:
