@@ -710,8 +710,10 @@ def create_teacher(store: Store, teacher: TeacherAttributes) -> str:
     if not store.folder.create(f"{scope}/zarr.json", document):
         found = _read_teacher(store.folder, teacher.key)
         # the same weights may lie elsewhere by now
-        same_place = {"options": found.options, "weights_files": found.weights_files}
-        if differences := _differences(found, teacher.model_copy(update=same_place)):
+        # and trainings whose settings differ in what does not count, such as a time-out, end with the same weights
+        training = teacher.training | {key: found.training[key] for key in {"job", "config_hash"} & set(found.training)}
+        same = {"options": found.options, "weights_files": found.weights_files, "training": training}
+        if differences := _differences(found, teacher.model_copy(update=same)):
             raise StoreError(
                 f"{store.url}/{scope} was written by this teacher with other properties ({differences}). Ask for all "
                 f"fields at once and remove that folder, or give the teacher another name."

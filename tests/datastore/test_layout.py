@@ -419,6 +419,16 @@ def test_a_teacher_whose_folder_was_removed_is_gone_and_can_be_written_again(tmp
     assert verify(open_store(tmp_path)) == []
 
 
+def test_the_same_weights_from_a_training_with_other_settings_are_the_same_teacher(tmp_path: Path) -> None:
+    store = write_small_store(str(tmp_path / "store"))
+    facts = {"job": "teacher", "config_hash": "0123", "split": "train"}
+    first = small_teacher().model_copy(update={"training": facts})
+    scope = create_teacher(store, first)
+    assert create_teacher(store, first.model_copy(update={"training": facts | {"config_hash": "4567"}})) == scope
+    with pytest.raises(StoreError, match="other properties"):
+        create_teacher(store, first.model_copy(update={"training": facts | {"split": "test"}}))
+
+
 def test_a_teacher_with_the_same_weights_and_other_properties_is_refused(tmp_path: Path) -> None:
     store = write_small_store(str(tmp_path))
     create_teacher(store, small_teacher())
