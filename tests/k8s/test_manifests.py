@@ -311,7 +311,8 @@ def test_every_policy_says_what_it_protects_from() -> None:
     text = (ROOT / "k8s" / "base" / "train.yaml").read_text()
     lines = text.splitlines()
     for word in (
-        "backoffLimit", "backoffLimitPerIndex", "podReplacementPolicy", "ttlSecondsAfterFinished", "action: Ignore", "action: FailJob", "restartPolicy",
+        "backoffLimit", "backoffLimitPerIndex", "podReplacementPolicy", "ttlSecondsAfterFinished", "action: Ignore", "action: FailJob",
+        "restartPolicy",
         "automountServiceAccountToken", "terminationGracePeriodSeconds", "topologySpreadConstraints", "readinessProbe",
         "securityContext:", "readOnlyRootFilesystem", "limits", "shared-memory", "subdomain", "completionMode",
     ):  # fmt: skip
