@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,6 +40,7 @@ from launcher.jobset import (
     check_urls,
     fill,
     filling_of,
+    runs_of,
     secrets_of,
     workload_of,
 )
@@ -52,7 +54,7 @@ from launcher.summary import STEP_FINISHED, results_of, summarise
 from launcher.terminal import Screen, open_screen
 from trainer.runfolder import RunFolder
 
-PLAIN_MANIFEST: Final = str(Path(__file__).parent.parent / "k8s" / "overlays" / "plain")
+SITE_MANIFEST: Final = str(Path(__file__).parent.parent / "k8s" / "stages" / "train")
 _POLL_SECONDS: Final = 2.0
 _LAST_LINES_SECONDS: Final = 10.0  # for the rest of the logs of pods that have ended
 _MOST_FOLLOWED: Final = 64  # pods: each is a connection of kubectl's
@@ -65,12 +67,13 @@ def launch_on_cluster(
     spec: LaunchSpec, cluster: Cluster, *, command: str, dry_run: bool = False, as_json: bool = False
 ) -> int:
     """Runs a job to its report on a cluster and returns the exit code; `dry_run` prints what would be applied."""
-    check_urls({"--runs": spec.runs_url, "--data": spec.data_url})
     if spec.chaos:
         raise AskedWrongly("--chaos is for local nodes. On a cluster, `kubectl delete pod` does the same.")
     kubectl = Kubectl(cluster.context, cluster.namespace)
     documents = kubectl.read(cluster.manifest)
     check_fillable(documents, cluster)
+    spec = replace(spec, runs_url=spec.runs_url or runs_of(documents))
+    check_urls({"--runs": spec.runs_url, "--data": spec.data_url})
     goal, run = resolve(spec)
     steps = plan(goal, observe(goal))
     if dry_run:
@@ -152,7 +155,7 @@ def check_there(kubectl: "Kubectl", documents: Sequence[Document], cluster: Clus
         if kubectl.get("secret", name, namespace) is None:
             raise DoNotRetry(
                 f"Namespace {namespace!r} has no secret {name!r}, which the manifest refers to: pods would not start. "
-                f"k8s/components/s3/kustomization.yaml says how to make it."
+                f"k8s/components/s3/kustomization.yaml says how to make it, and for whom it is left out."
             )
 
 

@@ -37,6 +37,7 @@ GPU: Final = "nvidia.com/gpu"
 INSTANCE_LABEL: Final = "app.kubernetes.io/instance"
 QUEUE_LABEL: Final = "kueue.x-k8s.io/queue-name"
 PLACEHOLDER_REGISTRY: Final = "registry.example/"
+PLACEHOLDER_BUCKET: Final = "s3://your-bucket/"
 _WORKLOADS: Final = ("Job", "JobSet")
 _LONGEST_NAME: Final = 52  # of 63: the pods' names end with their number, the JobSet's with two and a word
 _LOSSES_A_POD: Final = 10
@@ -171,6 +172,21 @@ def image_of(documents: Sequence[Document]) -> str:
     spec, _ = next(_job_specs(workload_of(documents)))
     image: str = _container(spec).get("image", "")
     return image
+
+
+def runs_of(documents: Sequence[Document]) -> str:
+    """The folder where the manifest's own run lies: where a launch's runs go that names no other."""
+    for spec, _ in _job_specs(workload_of(documents)):
+        for entry in _container(spec).get("env", ()):
+            if entry["name"] == "RUN_URL" and "/" in entry.get("value", ""):
+                runs: str = entry["value"].rstrip("/").rpartition("/")[0]
+                if not f"{runs}/".startswith(PLACEHOLDER_BUCKET):
+                    return runs
+    raise AskedWrongly(
+        f"No place for runs: the manifest has the placeholder {PLACEHOLDER_BUCKET} or none. Put a bucket of yours into "
+        f"k8s/settings/settings.yaml, in store, run and teacher_run, or name the folder with --runs s3://BUCKET/runs (of "
+        f"make: RUNS=s3://BUCKET/runs). This machine and all pods must reach it."
+    )
 
 
 def secrets_of(documents: Sequence[Document]) -> tuple[str, ...]:

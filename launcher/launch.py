@@ -18,8 +18,9 @@ examples:
       a named run with two settings changed; the same command continues it after a stop
   viewpoint launch pointmcd --nodes 4 --dry-run
       what would run: every command and its environment
-  viewpoint launch pointmcd --nodes 4 --on k8s --image registry/viewpoint:0.1.0 --runs s3://bucket/runs
-      the same on a cluster, in pods that kubectl applies; with --dry-run, exactly what it would apply
+  viewpoint launch pointmcd --nodes 4 --on k8s
+      the same on a cluster, in pods that kubectl applies, with the image and the bucket that k8s/settings names;
+      with --dry-run, exactly what it would apply
   viewpoint launch pointmcd --nodes 2:4 --chaos kill-worker@20,kill-node=2@60:15s
       how the job gets over a killed worker and a killed node; it goes on with two nodes until the lost one is back
 
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cluster.add_argument(
         "--manifest",
         metavar="FOLDER|FILE",
-        help="what kubectl builds, or has built (default: Viewpoint's k8s/overlays/plain)",
+        help="what kubectl builds, or has built (default: Viewpoint's k8s/stages/train, with what k8s/settings and k8s/site say)",
     )
     cluster.add_argument("--image", metavar="NAME:TAG", help="the image that pods run (default: the manifest's)")
     cluster.add_argument("--namespace", metavar="NAME", help="of all objects (default: the manifest's)")
@@ -69,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="URL", help="a store that `viewpoint ingest` wrote; without it the job makes a demo corpus"
     )
     parser.add_argument(
-        "--runs", default="runs", metavar="URL", help="folder of all runs, local or on object storage (default: ./runs)"
+        "--runs",
+        metavar="URL",
+        help="folder of all runs, local or on object storage (default: ./runs; with --on k8s, where the manifest's run lies)",
     )
     parser.add_argument(
         "--run", metavar="NAME", help="this run's name; default: the newest unfinished equal run, else JOB-<number>"
@@ -146,12 +149,12 @@ def run(arguments: argparse.Namespace) -> int:
     )
     asked = {name: getattr(arguments, name) for name in ("manifest", "image", "namespace", "queue", "context")}
     if arguments.on == "k8s":
-        from launcher.cluster import PLAIN_MANIFEST, launch_on_cluster
+        from launcher.cluster import SITE_MANIFEST, launch_on_cluster
         from launcher.jobset import Cluster
 
         return launch_on_cluster(
             spec,
-            Cluster(**asked | {"manifest": arguments.manifest or PLAIN_MANIFEST}),
+            Cluster(**asked | {"manifest": arguments.manifest or SITE_MANIFEST}),
             command=shlex.join(["viewpoint", *arguments.words]),
             dry_run=arguments.dry_run,
             as_json=arguments.json,

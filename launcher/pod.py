@@ -89,7 +89,9 @@ def parser() -> argparse.ArgumentParser:
         "--index", type=int, default=int(os.environ.get("JOB_COMPLETION_INDEX", "0")), help="this pod's number"
     )
     made.add_argument("--nodes", type=int, required=True, help="pods in all: nodes, or parts")
-    made.add_argument("--min-nodes", type=int, help="nodes with which training goes on (default: all)")
+    made.add_argument(
+        "--min-nodes", type=number_or_all, metavar="N|all", help="nodes with which training goes on (default: all)"
+    )
     made.add_argument("--procs-per-node", type=int, default=1, help="worker processes in each pod")
     made.add_argument("--gpus", type=int, default=0, help="GPUs of this pod; 0: workers compute on the CPU")
     made.add_argument("--cores", type=int, help="cores of this pod (default: all of the machine's)")
@@ -110,6 +112,16 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--scratch", type=Path, default=Path("/tmp/viewpoint"), help="folder for logs and the ready file")
     made.add_argument("words", nargs="+", metavar="STAGE ...", help="a stage and its words, after `--`")
     return made
+
+
+def number_or_all(text: str) -> int | None:
+    """An option's value that counts nodes; None for all of them."""
+    if text == "all":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or all, got {text!r}") from None
 
 
 @dataclass(frozen=True)

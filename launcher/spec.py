@@ -14,7 +14,7 @@ class LaunchSpec:
     job: str
     layout: Layout
     data_url: str | None = None
-    runs_url: str = "runs"
+    runs_url: str | None = None  # ./runs, or on a cluster where the manifest's runs lie
     run_name: str | None = None
     assignments: tuple[str, ...] = ()
     prepare: bool = False

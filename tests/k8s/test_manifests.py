@@ -208,7 +208,7 @@ def test_ingest_takes_a_part_a_pod() -> None:
     parser = ArgumentParser()
     ingest.add_arguments(parser)
     arguments = parser.parse_args(words[4:])
-    assert arguments.store == "s3://viewpoint/shapes.zarr"
+    assert arguments.store == "s3://your-bucket/shapes.zarr"
 
 
 @pytest.mark.parametrize("path", [ROOT / "k8s/base/recipe.yaml", ROOT / "k8s/jobs/teacher/recipe.yaml"])
@@ -238,19 +238,56 @@ def test_settings_are_changed_in_one_place(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
     settings = tmp_path / "k8s" / "settings"
     text = (settings / "settings.yaml").read_text().replace('nodes: "4"', 'nodes: "16"', 1)
-    text = text.replace("s3://viewpoint/shapes.zarr", "s3://mine/a.zarr")
+    text = text.replace("s3://your-bucket/shapes.zarr", "s3://mine/a.zarr")
     (settings / "settings.yaml").write_text(text)
     text = (settings / "kustomization.yaml").read_text().replace("namespace: viewpoint", "namespace: mine")
     (settings / "kustomization.yaml").write_text(text.replace("registry.example/viewpoint", "registry.mine/vp"))
     for folder in ("overlays/plain", "overlays/jobset", "overlays/everything", "stages/train"):
         out = rendered(tmp_path / "k8s" / folder)
         assert "registry.example" not in out
-        assert "s3://viewpoint/shapes.zarr" not in out
+        assert "s3://your-bucket/shapes.zarr" not in out
         assert "namespace: viewpoint" not in out
         (node, *_) = specs_of_jobs(workload_of(list(filter(None, yaml.safe_load_all(out)))))
         assert node["completions"] == node["parallelism"] == 16
         (container,) = node["template"]["spec"]["containers"]
         assert environment_of(container)["NODES"] == "16"
+        made = pod.pod_of(pod.parser().parse_args(["--index=15", *words_of(container)]))
+        assert made.layout.least_nodes == 16
+        assert node["backoffLimit"] >= 160, "ten a node, however many there are"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resource", ["base", "jobs/jobset"])
+def test_what_only_some_sites_have_is_named_in_one_place_too(tmp_path: Path, resource: str) -> None:
+    import shutil
+
+    shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
+    components = tmp_path / "k8s" / "components"
+    for path, old, new in (
+        ("s3/secret.yaml", "name: viewpoint-storage #", "name: my-keys #"),
+        ("gpu/gpus.yaml", 'gpus_per_node: "8"', 'gpus_per_node: "5"'),
+        ("shared-volume/volume.yaml", "name: viewpoint-data", "name: my-volume"),
+        ("kueue/kustomization.yaml", "value: viewpoint}", "value: my-queue}"),
+    ):
+        text = (components / path).read_text()
+        assert text.count(old) == 1
+        (components / path).write_text(text.replace(old, new))
+    (tmp_path / "site").mkdir()
+    overlay = {
+        "resources": [f"../k8s/{resource}"],
+        "components": [*(f"../k8s/components/{name}" for name in ("s3", "gpu", "shared-volume", "kueue"))],
+    }
+    (tmp_path / "site" / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
+    found = list(filter(None, yaml.safe_load_all(rendered(tmp_path / "site"))))
+    workload = workload_of(found)
+    assert workload["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "my-queue"
+    assert secrets_of(found) == ("my-keys",)
+    for spec in specs_of_jobs(workload):
+        volumes = {volume["name"]: volume for volume in spec["template"]["spec"]["volumes"]}
+        assert volumes["data"]["persistentVolumeClaim"]["claimName"] == "my-volume"
+    (container,) = specs_of_jobs(workload)[0]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 5
+    assert environment_of(container)["PROCS_PER_NODE"] == environment_of(container)["GPUS_PER_NODE"] == "5"
 
 
 def test_secrets_are_named_and_never_held() -> None:

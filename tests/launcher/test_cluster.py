@@ -222,6 +222,20 @@ def test_what_would_fail_later_is_refused_before_anything_is_applied(
     assert kubectl.applied == []
 
 
+@pytest.mark.usefixtures("no_runs")
+def test_without_runs_a_launch_takes_those_of_the_site_or_says_how_to_name_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cluster, "Kubectl", lambda *_: Remembering(lambda name: 1))
+    words = [word for word in WORDS if word not in ("--runs", RUNS)]
+    assert main(words) == EXIT_ASKED_WRONGLY
+    assert "No place for runs" in capsys.readouterr().err
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(Path(PLAIN).read_text().replace("s3://your-bucket/runs", RUNS))
+    assert main([*words, "--manifest", str(mine)]) == EXIT_FAILED
+    assert RunFolder(f"{RUNS}/pointmcd-1").exists()
+
+
 def test_a_namespace_and_a_secret_that_are_missing_are_refused() -> None:
     kubectl = Remembering()
     with pytest.raises(DoNotRetry, match="no secret 'viewpoint-storage'"):

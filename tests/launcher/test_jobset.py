@@ -1,5 +1,6 @@
 """Filling manifests, as a pure function of parsed YAML: what changes is listed, and nothing else does."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from launcher.jobset import (
     image_of,
     job_name,
     label_value,
+    runs_of,
     workload_of,
 )
 from launcher.plan import Step
@@ -189,6 +191,16 @@ def test_a_manifest_that_cannot_be_filled_is_refused_with_the_reason() -> None:
     workload_of(wordless)["spec"]["template"]["spec"]["containers"][0]["args"] = ["sleep"]
     with pytest.raises(AskedWrongly, match="no `--` in its args"):
         check_fillable(wordless, Cluster("m", image="i:1"))
+
+
+@pytest.mark.parametrize("name", ["plain", "jobset"])
+def test_runs_lie_beside_the_manifest_s_own_unless_that_is_a_placeholder(name: str) -> None:
+    with pytest.raises(AskedWrongly, match=r"k8s/settings/settings.yaml.*--runs s3://BUCKET/runs"):
+        runs_of(manifest(name))
+    text = json.dumps(manifest(name)).replace("s3://your-bucket/", "s3://mine/")
+    assert runs_of(json.loads(text)) == "s3://mine/runs"
+    with pytest.raises(AskedWrongly, match="No place for runs"):
+        runs_of(json.loads(text.replace("RUN_URL", "OTHER")))
 
 
 @pytest.mark.parametrize("url", ["runs", "/data/shapes.zarr", "file:///data/shapes.zarr"])

@@ -66,6 +66,16 @@ def test_a_node_is_an_agent_that_meets_the_others_by_name_and_is_found_by_addres
     assert agent_command(made(*NODE, "--", *PRETRAIN), "eth0").environment["DS_ACCELERATOR"] == "cpu"
 
 
+def test_training_goes_on_with_the_nodes_that_the_manifest_says_a_number_or_all(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert made(*NODE, "--min-nodes=all", "--", *PRETRAIN).layout.least_nodes == 4
+    assert made(*NODE, "--min-nodes=2", "--", *PRETRAIN).layout.least_nodes == 2
+    with pytest.raises(SystemExit):
+        made(*NODE, "--min-nodes=some", "--", *PRETRAIN)
+    assert "must be a number or all, got 'some'" in capsys.readouterr().err
+
+
 def test_a_part_of_ingest_says_which_and_a_part_of_cache_is_a_rank() -> None:
     ingest = part_command(made("--index=1", "--nodes=3", "--", "ingest", "a", "b"))
     assert ingest.words[-2:] == ("--part", "1/3")
