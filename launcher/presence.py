@@ -63,11 +63,13 @@ def this_machine() -> str:
 
 def holder_of(run: RunFolder) -> Holder | None:
     """The launcher that works on a run, if one does."""
+    holder = _noted(run)
+    return holder if holder is not None and holder.is_alive() else None
+
+
+def _noted(run: RunFolder) -> Holder | None:
     text = run.read_text(_NOTE)
-    if text is None:
-        return None
-    holder = Holder(**json.loads(text))
-    return holder if holder.is_alive() else None
+    return Holder(**json.loads(text)) if text is not None else None
 
 
 class Presence:
@@ -106,13 +108,16 @@ class Presence:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._run.remove(_NOTE)
+        noted, ours = _noted(self._run), self._holder()
+        if noted is not None and (noted.pid, noted.machine) == (ours.pid, ours.machine):
+            self._run.remove(_NOTE)  # and not the note of a launch that took the run over
 
     def _write(self) -> None:
         self._run.write_text(_NOTE, self._note())
 
     def _note(self) -> str:
+        return json.dumps(asdict(self._holder()))
+
+    def _holder(self) -> Holder:
         started = psutil.Process().create_time()
-        return json.dumps(
-            asdict(Holder(os.getpid(), started, socket.gethostname(), time.time(), self.step, this_machine()))
-        )
+        return Holder(os.getpid(), started, socket.gethostname(), time.time(), self.step, this_machine())

@@ -44,7 +44,6 @@ class Journal:
     def __init__(self, put: Callable[[str, str], None], writer: str) -> None:
         self._put = put
         # tells this process's files from those of others
-        # tells this process's files from those of others
         self.origin = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{writer}-{uuid.uuid4().hex[:6]}"
         self._parts: dict[str, _Part] = {}
         self._changing, self._putting = threading.Lock(), threading.Lock()

@@ -51,6 +51,13 @@ def test_a_note_that_a_killed_launcher_left_stops_nobody(tmp_path: Path) -> None
         assert holder_of(run) is not None
 
 
+def test_who_was_taken_over_leaves_the_note_of_the_other_where_it_is(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path))
+    with Presence(run):
+        run.write_text("launcher.json", note(1, started=0.0, host="elsewhere"))
+    assert holder_of(run) is not None, "a third launch is refused"
+
+
 def test_a_launcher_on_another_machine_counts_while_its_note_is_fresh(tmp_path: Path) -> None:
     run = RunFolder(str(tmp_path))
     run.write_text("launcher.json", note(1, started=0.0, host="elsewhere", age=10))
