@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import google_crc32c
+from crc32c import crc32c
 
 from datastore.objects import locked_draft, remove_abandoned, write_whole
 
@@ -41,7 +41,6 @@ _FULL: Final = 7 / 8  # of the bound: entries go from here
 _KEPT: Final = 3 / 4  # down to here, so that not every put looks
 _LARGEST: Final = 8  # an entry takes an eighth of the bound at most
 _REST_SECONDS: Final = 300.0  # without new entries after a disk refused one
-_PIECE_BYTES: Final = 2**20
 
 _logger = logging.getLogger("datastore.disk_cache")
 
@@ -66,7 +65,7 @@ class DiskCache:
         except OSError as error:
             self._rest(error)
 
-    def get(self, key: str) -> bytes | None:
+    def get(self, key: str) -> bytearray | None:
         """What was put under a key, undamaged; None where there is no such entry any more."""
         path = self._path(key)
         try:
@@ -248,7 +247,7 @@ def _lock(descriptor: int, seconds: float) -> None:
             time.sleep(0.001)
 
 
-def _read(path: Path, name: bytes) -> bytes | None:
+def _read(path: Path, name: bytes) -> bytearray | None:
     """An entry's content; None where it is damaged."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -258,8 +257,8 @@ def _read(path: Path, name: bytes) -> bytes | None:
         magic, checksum, name_bytes, num_bytes = _HEAD.unpack_from(head)
         if (magic, name_bytes, len(head) + num_bytes) != (_MAGIC, len(name), os.fstat(descriptor).st_size):
             return None
-        content = os.pread(descriptor, num_bytes, len(head))
-        if len(content) != num_bytes or google_crc32c.extend(google_crc32c.value(name), content) != checksum:
+        content = bytearray(num_bytes)
+        if os.preadv(descriptor, [content], len(head)) != num_bytes or _checksum(name, content) != checksum:
             return None
         with suppress(OSError):  # of a cache that may only be read, somebody else keeps the order of use
             os.utime(descriptor)  # the time of the last use; disks are mounted so that reading alone leaves none
@@ -268,8 +267,5 @@ def _read(path: Path, name: bytes) -> bytes | None:
         os.close(descriptor)
 
 
-def _checksum(name: bytes, content: memoryview) -> int:
-    checksum = int(google_crc32c.value(name))
-    for start in range(0, len(content), _PIECE_BYTES):  # it takes nothing but bytes: copied a piece at a time
-        checksum = int(google_crc32c.extend(checksum, bytes(content[start : start + _PIECE_BYTES])))
-    return checksum
+def _checksum(name: bytes, content: bytearray | memoryview) -> int:
+    return crc32c(content, crc32c(name))

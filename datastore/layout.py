@@ -21,9 +21,9 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, Final, Literal, TypeVar
 
-import google_crc32c
 import numpy as np
 import zarr
+from crc32c import crc32c
 from jaxtyping import Int64, Integer, UInt8
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from zarr.abc.codec import BytesBytesCodec
@@ -775,7 +775,7 @@ def parse_document(model: type[Model], content: bytes, where: str, mend: str) ->
     """The object that a JSON document describes; an error that names the document and how to mend it."""
     seal, rest = content[: len(_SEAL % 0)], b"{" + content[len(_SEAL % 0) :]
     if seal[:10] == _SEAL[:10]:  # documents of older versions have none
-        if seal != _SEAL % google_crc32c.value(rest):
+        if seal != _SEAL % crc32c(rest):
             raise StoreError(f"{where} is damaged (its checksum is another). {mend}")
         content = rest
     try:
@@ -789,7 +789,7 @@ def parse_document(model: type[Model], content: bytes, where: str, mend: str) ->
 def as_document(model: BaseModel) -> bytes:
     """What `parse_document` takes, with a checksum of itself: a digit that flips on the way is noticed."""
     content = model.model_dump_json().encode()
-    seal: bytes = _SEAL % google_crc32c.value(content)
+    seal: bytes = _SEAL % crc32c(content)
     return seal + content[1:]
 
 
@@ -874,7 +874,7 @@ def _group_document(attributes: Mapping[str, Any]) -> bytes:
 def _attributes_checksum(attributes: Mapping[str, Any]) -> str:
     """Of what is Viewpoint's: others may add attributes of their own."""
     ours = {key: attributes[key] for key in (_ATTRIBUTES_KEY, _FIELDS_KEY, _TEACHER_KEY) if key in attributes}
-    return f"{google_crc32c.value(json.dumps(ours, sort_keys=True).encode()):08x}"
+    return f"{crc32c(json.dumps(ours, sort_keys=True).encode()):08x}"
 
 
 def _read_group(folder: ObjectFolder, name: str, mend: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import os
 import queue
 import socket
 import ssl
+import struct
 import threading
 import time
 import urllib.request
@@ -37,6 +38,7 @@ _REGION_STATUS: Final = (301, 302, 307, 400)  # what S3 says of one that was mad
 # of a local file; whatever else goes wrong may pass: disks of networks come back, and other threads close files
 _FINAL_ERRORS: Final = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _LEAST_BYTES: Final = 2**18  # that come within a time-out, or the answer's rest: else a trickle would never time out
+_PIECE_BYTES: Final = 2**14  # from here on a read is of an answer's content, whose length is known
 _WHOLE_READ_TIMEOUTS: Final = 15  # a read through fsspec shows no single bytes: so many times as long as without one
 
 T = TypeVar("T")
@@ -334,6 +336,7 @@ class _Incoming(io.RawIOBase):
 
     def __init__(self, sock: socket.socket, timeout_seconds: float) -> None:
         self._sock, self._timeout_seconds = sock, timeout_seconds
+        self._is_encrypted = isinstance(sock, ssl.SSLSocket)
         self._began, self._num_bytes = time.monotonic(), 0
 
     def readable(self) -> bool:
@@ -345,8 +348,17 @@ class _Incoming(io.RawIOBase):
         left_seconds = self._began + self._timeout_seconds - time.monotonic()
         if left_seconds <= 0:
             raise TimeoutError(f"{self._num_bytes:,} bytes came within {self._timeout_seconds:g} s")
-        self._sock.settimeout(left_seconds)
-        count = self._sock.recv_into(target)
+        if self._is_encrypted:
+            self._sock.settimeout(left_seconds)
+            count = self._sock.recv_into(target)
+        else:
+            # the system waits, until all is there: a thread that wakes for each piece fights the others for Python
+            _limit_waits(self._sock, socket.SO_RCVTIMEO, left_seconds)
+            flags = socket.MSG_WAITALL if len(target) > _PIECE_BYTES else 0
+            try:
+                count = self._sock.recv_into(target, 0, flags)
+            except BlockingIOError:
+                raise TimeoutError(f"nothing came within {left_seconds:g} s") from None
         self._num_bytes += count
         return count
 
@@ -362,7 +374,7 @@ class _Connection(http.client.HTTPConnection):
 
     def ask(self, target: str, headers: dict[str, str]) -> http.client.HTTPResponse:
         """The head of the answer to a GET."""
-        if self.sock is not None:
+        if isinstance(self.sock, ssl.SSLSocket):
             self.sock.settimeout(self._timeout_seconds)  # which the answer before has used up
         self.request("GET", target, headers=headers)
         return self.getresponse()
@@ -402,7 +414,10 @@ class _Connection(http.client.HTTPConnection):
         else:
             raise refusal
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self._certificates is not None:
+        if self._certificates is None:
+            self.sock.settimeout(None)
+            _limit_waits(self.sock, socket.SO_SNDTIMEO, self._timeout_seconds)
+        else:
             # while it is wrapped, there is no socket to wake
             encrypted = self.sock = self._certificates.wrap_socket(
                 self.sock, server_hostname=self.host, do_handshake_on_connect=False
@@ -418,6 +433,13 @@ class _Connection(http.client.HTTPConnection):
             with suppress(OSError):  # it has ended by itself
                 # not its own `shutdown`, which also takes TLS away from under the reader: ciphertext would be content
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def _limit_waits(sock: socket.socket, direction: int, seconds: float) -> None:
+    """Has the system end waits of a blocking socket."""
+    whole = int(seconds)
+    timeval = struct.pack("@ll", whole, max(1, int((seconds - whole) * 1e6)))  # all zero would mean for ever
+    sock.setsockopt(socket.SOL_SOCKET, direction, timeval)
 
 
 def _response(connection: _Connection, url: SplitResult, start: int, end: int, call: Call) -> http.client.HTTPResponse:

@@ -11,11 +11,13 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Final
 
-import google_crc32c
 import numpy as np
+import torch
+from crc32c import crc32c
 from jaxtyping import Int64, Shaped
 from numcodecs import blosc, zstd
 
@@ -31,7 +33,7 @@ _KEPT_BYTES: Final = 16 * 2**20
 """Of indices, and of chunks so small that a thousand rows share one: they are asked for again and again."""
 _SMALL_CHUNK_BYTES: Final = 2**16
 _LARGE_ROW_BYTES: Final = 2**15
-"""Rows from here on are picked one by one out of chunks where they came; a copy of smaller ones costs less than that."""
+"""Rows from here on are copied one by one from where they came, in one call for all; smaller ones cost less by the stretch."""
 
 _DECOMPRESS: Final[dict[Codec, Callable[[memoryview, np.ndarray], object]]] = {
     "lz4": blosc.decompress,
@@ -45,21 +47,33 @@ class LoadedRows:
     def __init__(self, pieces: list[np.ndarray]) -> None:
         self._pieces = pieces
         self._piece_rows = len(pieces[0])  # of all but the last
+        self.are_large = self._pieces[0][0].nbytes >= _LARGE_ROW_BYTES
 
     def take(
         self, rows: Int64[np.ndarray, " m"], target: np.ndarray, views: Int64[np.ndarray, "m k"] | None = None
     ) -> None:
-        """Copies rows, counted from the first, to `target`. `views`: only these places of each row's first axis."""
-        if len(self._pieces) == 1:
-            if views is None:  # with another mode numpy would copy twice
-                self._pieces[0].take(rows, axis=0, out=target, mode="clip")
+        """Copies rows that are not large, counted from the first, to `target`. `views`: only these of each row's first axis."""
+        (piece,) = self._pieces
+        if views is None:  # with another mode numpy would copy twice
+            piece.take(rows, axis=0, out=target, mode="clip")
+        else:
+            target[...] = piece[rows[:, None], views]
+
+    def found(
+        self, rows: Int64[np.ndarray, " m"], views: Int64[np.ndarray, "m k"] | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Rows where they lie, counted from the first, or some views of each. Whoever copies many at once lets go of Python once."""
+        for number, row in enumerate(rows.tolist()):
+            piece, place = divmod(row, self._piece_rows)
+            content = self._tensors[piece][place]
+            if views is None:
+                yield content
             else:
-                target[...] = self._pieces[0][rows[:, None], views]
-            return
-        pieces, places = np.divmod(rows, self._piece_rows)
-        for number, (piece, place) in enumerate(zip(pieces.tolist(), places.tolist(), strict=True)):
-            row = self._pieces[piece][place]
-            target[number] = row if views is None else row[views[number]]
+                yield from (content[view] for view in views[number].tolist())
+
+    @cached_property
+    def _tensors(self) -> list[torch.Tensor]:
+        return [torch.from_numpy(piece) for piece in self._pieces]
 
 
 class ShardReader:
@@ -276,7 +290,7 @@ class _Kept:
 def _checksum_problem(content: memoryview) -> str | None:
     """What is wrong with bytes that end in their own crc32c."""
     expected = int.from_bytes(content[-_CHECKSUM_BYTES:], "little")
-    found = int(google_crc32c.value(np.frombuffer(content[:-_CHECKSUM_BYTES], np.uint8)))
+    found = crc32c(content[:-_CHECKSUM_BYTES])
     return None if found == expected else f"its bytes have checksum {found:08x} and say {expected:08x}"
 
 

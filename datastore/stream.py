@@ -325,7 +325,7 @@ class Stream(Generic[BatchT]):
             gathered = torch.empty(shape, dtype=dtype, pin_memory=True)  # torch uses such memory again, too
         else:
             gathered = torch.from_numpy(self._fetcher.buffers.empty(shape, stored.stored_dtype))
-        self._units.gather(name, samples, gathered.numpy(), views)
+        self._units.gather(name, samples, gathered, views)
         if not stored.field.bit_packed:
             return gathered
         unpacked = torch.from_numpy(stored.decode(gathered.numpy()))
@@ -527,7 +527,7 @@ class _UnitMemory:
         self,
         field: str,
         samples: Int64[np.ndarray, " m"],
-        target: np.ndarray,
+        target: torch.Tensor,
         views: Int64[np.ndarray, "m k"] | None = None,
     ) -> None:
         """Copies samples of the micro-batch entered last to `target`; waits for those that are on their way.
@@ -537,10 +537,17 @@ class _UnitMemory:
         units = samples // self._samples.order.unit_samples
         # samples of one lane are neighbours in a batch, and mostly of one unit
         bounds = [0, *(np.flatnonzero(np.diff(units)) + 1).tolist(), len(units)]
+        array, large = target.numpy(), list[torch.Tensor]()
         for start, end in pairwise(bounds):
             held = self._held[int(units[start])]
             content, rows = held.fields[field].result(), samples[start:end] - held.first_sample
-            content.take(rows, target[start:end], None if views is None else views[start:end])
+            drawn = None if views is None else views[start:end]
+            if content.are_large:
+                large += content.found(rows, drawn)
+            else:
+                content.take(rows, array[start:end], drawn)
+        if large:
+            torch.stack(large, out=target if views is None else target.flatten(0, 1))
 
     def also(self, task: Callable[[], None]) -> None:
         """Runs it on a thread that reads."""

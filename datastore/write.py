@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
-import google_crc32c
 import numpy as np
 import zarr
+from crc32c import crc32c
 from numpy.dtypes import StringDType
 from pydantic import BaseModel, NonNegativeInt
 from zarr.storage import MemoryStore
@@ -299,7 +299,7 @@ class _ShardBuilder:
         index[: len(lengths), 0] = np.cumsum(lengths) - lengths
         index[: len(lengths), 1] = lengths
         index_bytes = index.tobytes()
-        content = b"".join([*self._chunks, index_bytes, int(google_crc32c.value(index_bytes)).to_bytes(4, "little")])
+        content = b"".join([*self._chunks, index_bytes, crc32c(index_bytes).to_bytes(4, "little")])
         self._chunks = []
         self._next_shard += 1
         return content

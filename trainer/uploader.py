@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Final, Literal, TypeVar
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c
 from pydantic import BaseModel
 
 from datastore.errors import DoNotRetry, ViewpointError
@@ -132,7 +132,7 @@ def commit_all(share: Share, manifest: Manifest, is_abandoned: Callable[[], bool
 
 def checksum(content: "bytes | np.ndarray") -> int:
     """CRC-32C."""
-    return int(google_crc32c.value(content))
+    return crc32c(content.data if isinstance(content, np.ndarray) else content)
 
 
 def _persistently(action: Callable[[], ResultT], retry_seconds: float) -> ResultT:

@@ -55,6 +55,7 @@ class Run:
     step_seconds: float = 0.0  # what a batch is computed on; 0: nothing
     batch: int = BATCH
     connections: int = 8  # of the plain reader
+    epochs: int = 1  # of ours and of the plain reader; from the second on they are measured
     limit_seconds: float = math.inf  # a run is measured for so long at most, and its figures are of what came
     settings: str = "{}"  # of our StreamConfig
 
@@ -84,8 +85,8 @@ def _ours(run: Run) -> Iterator[Batches]:
         config, _batch_type(run.what.field), teacher=teacher, global_batch=run.batch, micro_batch=run.batch, rank=0,
         world_size=1, seed=0,
     ) as stream:  # fmt: skip
-        # one batch more than an epoch: between the first and the last, exactly an epoch was read, ahead of both alike
-        steps = stream.steps(stream.steps_per_epoch + 1)
+        # one batch more than whole epochs: between the first and the last, exactly those were read, ahead of both alike
+        steps = stream.steps(run.epochs * stream.steps_per_epoch + 1)
         yield ((batch.ids, getattr(batch, run.what.field)) for step in steps for batch in step)
 
 
@@ -184,8 +185,9 @@ def _plain(run: Run) -> Iterator[Batches]:
         bounds = np.linspace(0, run.num_samples, len(parts) + 1).astype(int)
         yield np.zeros(0), None  # the clock starts
         with ThreadPoolExecutor(run.connections) as pool:
-            for number, _ in enumerate(pool.map(read, parts)):
-                yield np.arange(bounds[number], bounds[number + 1]), None
+            for number, _ in enumerate(pool.map(read, run.epochs * parts)):
+                place = number % len(parts)
+                yield np.arange(bounds[place], bounds[place + 1]), None
 
     yield batches()
 
@@ -219,9 +221,10 @@ def _cpu_seconds() -> float:
 
 
 def measure(run: Run) -> dict[str, Any]:
-    """Figures of one epoch. Rates are of all but its first quarter, in which memory and workers are still cold."""
+    """Figures of one epoch, or several. Rates are of all but the first one or, of one, of its first quarter, in which memory
+    and workers are still cold."""
     gc.collect()
-    cold = run.num_samples * _WARMING
+    cold = run.num_samples * (_WARMING if run.epochs == 1 else 1)
     with ExitStack() as stack, PeakMemory() as memory:
         began = time.perf_counter()
         batches = stack.enter_context(SYSTEMS[run.system.split()[0]](run))

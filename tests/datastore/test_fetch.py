@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import pytest
+from crc32c import crc32c
 
 from datastore.disk_cache import DiskCache
 from datastore.fetch import FetchConfig, Fetcher, FetchFailed
@@ -68,10 +68,10 @@ def request_threads() -> list[threading.Thread]:
 
 def expecting(start: int, end: int) -> Callable[[memoryview], str | None]:
     """What ShardReader does: compares checksums, and says both."""
-    expected = google_crc32c.value(CONTENT[start:end])
+    expected = crc32c(CONTENT[start:end])
 
     def problem(content: memoryview) -> str | None:
-        found = google_crc32c.value(bytes(content))
+        found = crc32c(bytes(content))
         return None if found == expected else f"checksum {found:08x}, not {expected:08x}"
 
     return problem
