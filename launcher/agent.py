@@ -51,6 +51,7 @@ from launcher.network import enter_network
 from launcher.nursery import Forked, Nursery
 from launcher.warm import stage_of
 from launcher.watchdog import Deadlines, Hang, Watch
+from trainer.commits import LAUNCH_VARIABLE
 from trainer.heartbeat import HEARTBEAT_VARIABLE, STACKS_SIGNAL, read_beat
 from trainer.lines import append_line
 
@@ -90,14 +91,20 @@ class EventLog:
         self._path, self._node = path, node
 
     def append(self, kind: str, **facts: Any) -> None:
-        append_line(self._path, {"time": time.time(), "event": kind, "node": self._node, **facts})
+        launch = os.environ.get(LAUNCH_VARIABLE, "")
+        append_line(self._path, {"time": time.time(), "event": kind, "launch": launch, "node": self._node, **facts})
 
 
 def start_folder(logs: Path) -> Path:
     """A new folder for one start of the workers, `start-000` and so on: restarts keep what came before."""
-    folder = logs / f"start-{sum(1 for _ in logs.glob('start-*')):03d}"
-    folder.mkdir(parents=True)
-    return folder
+    number = sum(1 for _ in logs.glob("start-*"))
+    while True:
+        folder = logs / f"start-{number:03d}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # the agent of another launch of the same run made it in this moment
+            number += 1
 
 
 class NodeRendezvous(RendezvousHandler):

@@ -1,7 +1,6 @@
 """Drives one launch: finds out what is missing, runs it step by step, sums up."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -187,7 +186,10 @@ class _Launch:
                 begin_run(self._goal, run, step.config)
             logs = logs_folder(run)
             progress = logs / "progress" / step.name
-            shutil.rmtree(progress, ignore_errors=True)  # an earlier start's figures
+            for figures in progress.glob(
+                "*.jsonl"
+            ):  # an earlier start's; the folder stays, as somebody may write there
+                figures.unlink(missing_ok=True)
             reader = ProgressReader(progress)
             started = time.monotonic()
             self._screen.begin(step.title)

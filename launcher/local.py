@@ -141,8 +141,9 @@ class Nodes:
         on_event: EventListener,
         chaos: Chaos | None,
         networks: Networks | None,
+        launch: str = "",
     ) -> None:
-        self._children, self._host, self._networks = children, host, networks
+        self._children, self._host, self._networks, self._launch = children, host, networks, launch
         self._tails = [Tail(folder / "events.jsonl", from_end=True) for folder in folders]
         self._on_event, self._chaos = on_event, chaos or Chaos(())
         self.ended: dict[int, Record] = {}  # by node: how its workers ended last
@@ -242,6 +243,8 @@ class Nodes:
     def _read_events(self) -> None:
         for tail in self._tails:
             for event in tail.read():
+                if event.pop("launch") != self._launch:
+                    continue  # nodes of another launch of the same run write into the same file
                 self.heard(
                     event["event"], **{key: value for key, value in event.items() if key not in ("time", "event")}
                 )
@@ -343,7 +346,7 @@ def run_nodes(
     heard: list[Callable[..., None]] = []  # the nodes, which need the membership that tells them
     membership = Membership(rules, progress=committed, on_event=lambda kind, **facts: heard[0](kind, **facts))
     host = Host(store, job, membership)
-    nodes = Nodes(children, host, folders, on_event=on_event, chaos=chaos, networks=networks)
+    nodes = Nodes(children, host, folders, on_event=on_event, chaos=chaos, networks=networks, launch=launch)
     heard.append(nodes.heard)
 
     def watch_nodes() -> None:

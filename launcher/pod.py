@@ -492,8 +492,13 @@ class Sign:
         """Puts it there, and keeps it fresh. Where somebody else's is, ours comes when that is gone or stale."""
         if self._presence is None:
             self._presence = tolerating(self._enter, "say that this run is worked on", None)
-        else:
+            return
+        from trainer.commits import TakenOverError
+
+        try:
             self._presence.refresh()
+        except TakenOverError:  # the fence decides who goes on
+            self._presence = None
 
     def remove(self) -> None:
         """Nobody works on the run any more."""

@@ -1,4 +1,8 @@
-"""Who works on a run folder right now: a note that its launcher keeps fresh, so that nobody else starts there."""
+"""Who works on a run folder right now: a note that its launcher keeps fresh, so that nobody else starts there.
+
+A launcher that was taken for gone, and lives, finds the note of the one that took the run over, and ends. Until then,
+and where it cannot see the note, the fence of trainer/commits.py keeps its commits out.
+"""
 
 import json
 import os
@@ -16,6 +20,7 @@ import psutil
 from datastore.errors import ViewpointError
 from datastore.objects import ObjectFolder
 from launcher.patience import tolerating
+from trainer.commits import TakenOverError
 from trainer.runfolder import RunFolder
 
 _NOTE: Final = "launcher.json"
@@ -81,11 +86,17 @@ class Presence:
         self.step = "starting"
 
     def refresh(self) -> None:
-        """Says that we are still there; cheap enough to call all the time."""
+        """Says that we are still there; cheap enough to call all the time. TakenOverError where somebody else is."""
         now = time.monotonic()
         if now - self._refreshed > _REFRESH_SECONDS:
             self._refreshed = now
-            tolerating(self._write, f"say in {self._run.url} that this launcher is still there", None)
+            other = tolerating(self._renew, f"say in {self._run.url} that this launcher is still there", None)
+            if other is not None:
+                raise TakenOverError(
+                    f"{self._run.url} was taken over by another launcher ({other}), which had seen no sign of life of "
+                    f"this one: the run goes on there, and this launch ends. To have it back, stop that one with "
+                    f"`viewpoint cancel {self._run.url}`, and repeat this command."
+                )
 
     def enter_step(self, step: str) -> None:
         """Says what we are at."""
@@ -108,9 +119,21 @@ class Presence:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        noted, ours = _noted(self._run), self._holder()
-        if noted is not None and (noted.pid, noted.machine) == (ours.pid, ours.machine):
-            self._run.remove(_NOTE)  # and not the note of a launch that took the run over
+        noted = _noted(self._run)
+        if noted is not None and self._is_ours(noted):  # and not of a launch that took the run over
+            self._run.remove(_NOTE)
+
+    def _renew(self) -> Holder | None:
+        """Writes the note anew, unless another launcher that lives has one there: returns that."""
+        noted = holder_of(self._run)
+        if noted is not None and not self._is_ours(noted):
+            return noted
+        self._write()
+        return None
+
+    def _is_ours(self, noted: Holder) -> bool:
+        ours = self._holder()
+        return (noted.pid, noted.machine) == (ours.pid, ours.machine)
 
     def _write(self) -> None:
         self._run.write_text(_NOTE, self._note())

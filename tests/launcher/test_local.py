@@ -23,6 +23,7 @@ from launcher.membership import Membership, Rules
 from launcher.nursery import Nursery
 from launcher.rendezvous import Host, RendezvousStore
 from launcher.stop import StopRequest
+from trainer.lines import append_line
 
 PATIENT_WORKER = """
     import os, pathlib, signal, sys, time
@@ -245,6 +246,23 @@ def test_a_fault_that_comes_too_late_is_left_out_and_ends_nothing(tmp_path: Path
     skipped = [facts["fault"] for kind, facts in heard if kind == "chaos_skipped"]
     assert skipped == ["kill-worker=1@0", "hang=0@0"]
     assert not [kind for kind, _ in heard if kind == "chaos_injected"]
+
+
+def test_nodes_of_another_launch_that_write_beside_ours_are_not_heard(tmp_path: Path, store: RendezvousStore) -> None:
+    heard: list[str] = []
+    nodes = Nodes(
+        [],
+        Host(store, "shared", Membership(Rules(most=1, least=1))),
+        [tmp_path],
+        on_event=lambda kind, **facts: heard.append(kind),
+        chaos=None,
+        networks=None,
+        launch="ours",
+    )
+    for launch, kind in (("theirs", "worker_stuck"), ("ours", "workers_done")):
+        append_line(tmp_path / "events.jsonl", {"event": kind, "launch": launch, "node": 0})
+    nodes.tick()
+    assert heard == ["workers_done"]
 
 
 def test_workers_that_keep_failing_end_the_job_and_the_log_that_says_why_is_named(

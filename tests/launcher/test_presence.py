@@ -13,6 +13,7 @@ import pytest
 
 from datastore.errors import ViewpointError
 from launcher.presence import Presence, holder_of, this_machine
+from trainer.commits import TakenOverError
 from trainer.runfolder import RunFolder
 
 
@@ -56,6 +57,22 @@ def test_who_was_taken_over_leaves_the_note_of_the_other_where_it_is(tmp_path: P
     with Presence(run):
         run.write_text("launcher.json", note(1, started=0.0, host="elsewhere"))
     assert holder_of(run) is not None, "a third launch is refused"
+
+
+def test_who_was_taken_over_learns_it_from_the_note_and_ends_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.presence._REFRESH_SECONDS", -1.0)
+    run = RunFolder(str(tmp_path))
+    with Presence(run) as presence:
+        presence.refresh()
+        run.write_text("launcher.json", note(1, started=0.0, host="elsewhere", age=60))
+        presence.refresh()  # that one is gone, too
+        run.write_text("launcher.json", note(1, started=0.0, host="elsewhere"))
+        with pytest.raises(TakenOverError, match=r"\(process 1 on elsewhere, at step 'pretrain'\).*goes on there"):
+            presence.refresh()
+    holder = holder_of(run)
+    assert holder is not None and holder.host == "elsewhere"
 
 
 def test_a_launcher_on_another_machine_counts_while_its_note_is_fresh(tmp_path: Path) -> None:
