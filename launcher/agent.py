@@ -25,6 +25,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -357,8 +358,9 @@ class NodeAgent(SimpleElasticAgent):
         ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
         overdue: dict[int, Hang] = {}
         for local_rank, watch in self._watches.items():
-            hang = watch.look(read_beat(self._heartbeat(local_rank)), now)
-            if hang is not None and self._workers[local_rank].exit_code is None:
+            worker = self._workers[local_rank]
+            hang = watch.look(read_beat(self._heartbeat(local_rank)), now, partial(_is_suspended, worker.pid))
+            if hang is not None and worker.exit_code is None:
                 overdue[local_rank] = hang
         if not overdue:
             return

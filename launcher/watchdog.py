@@ -2,6 +2,7 @@
 
 import statistics
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -51,8 +52,11 @@ class Watch:
         self._changed_at = self._looked_at = 0.0
         self._steps: deque[float] = deque(maxlen=_REMEMBERED_STEPS)
 
-    def look(self, beat: Beat | None, now: float) -> Hang | None:
-        """Takes in what the worker said last; what is wrong where that is too long ago."""
+    def look(self, beat: Beat | None, now: float, is_suspended: Callable[[], bool] = lambda: False) -> Hang | None:
+        """Takes in what the worker said last; what is wrong where that is too long ago.
+
+        A suspended worker has the time of a step in every phase: no checkpoint of it is only slow.
+        """
         if now - self._looked_at > _LOOKS_APART_SECONDS:
             self._changed_at += now - self._looked_at  # we were stopped ourselves, and may not blame the worker
         self._looked_at = now
@@ -69,5 +73,9 @@ class Watch:
                 self._stepped = None
             return None
         silent = now - self._changed_at
-        allowed = self._deadlines.allowed(beat.phase, statistics.median(self._steps) if self._steps else None)
+        typical_step = statistics.median(self._steps) if self._steps else None
+        allowed = self._deadlines.allowed(beat.phase, typical_step)
+        of_a_step = self._deadlines.allowed("step", typical_step or 0.0)
+        if of_a_step < silent <= allowed and is_suspended():
+            allowed = of_a_step
         return Hang(beat.phase, beat.step, silent, allowed) if silent > allowed else None

@@ -1,5 +1,7 @@
 """When a worker counts as hung."""
 
+import pytest
+
 from launcher.watchdog import Deadlines, Watch
 from trainer.heartbeat import Beat
 
@@ -65,6 +67,21 @@ def test_start_and_checkpoint_take_longer_than_a_step() -> None:
     assert silent_until(Watch(DEADLINES), Beat("startup", 0, 0.0), 0.0) == 100
     watch = Watch(DEADLINES)
     assert silent_until(watch, Beat("checkpoint", 9, 9.0), stepping(watch, 1.0, 9)) == 200
+
+
+@pytest.mark.parametrize(("phase", "longer"), [("checkpoint", 200), ("startup", 100), ("finishing", 900)])
+def test_a_suspended_worker_has_no_longer_than_a_step_whatever_it_was_at(phase: str, longer: int) -> None:
+    watch = Watch(DEADLINES)
+    now = stepping(watch, 1.0, 9)
+    beat = Beat(phase, 9, 9.0)
+    assert watch.look(beat, now, lambda: True) is None
+    assert [watch.look(beat, now + second, lambda: True) for second in range(1, 11)] == [None] * 10
+    hang = watch.look(beat, now + 11, lambda: True)
+    assert hang is not None and (hang.phase, hang.allowed_seconds) == (phase, 10.0)
+    assert watch.look(beat, now + 12, lambda: False) is None, "one that runs may be slow"
+    assert watch.look(Beat(phase, 9, 9.5), now + 13, lambda: True) is None
+    slow = Watch(DEADLINES)
+    assert silent_until(slow, beat, now) == longer
 
 
 def test_a_hang_says_how_long_and_in_what() -> None:
