@@ -68,15 +68,25 @@ def restarts_by_cause(events: Sequence[Record]) -> dict[str, int]:
                 has_started, cause = True, None
             case "restart":
                 cause = str(event.get("cause", "unknown"))
-            case "stopped" | "not_finite" | "unreadable" as kind:
-                cause = kind
+            case "stopped" | "not_finite" | "unreadable" as kind if cause is None:
+                cause = kind  # else the launcher had them stop, and said why
     return dict(causes)
 
 
 def was_stopped(events: Sequence[Record]) -> bool:
-    """Whether the newest start had ended on purpose."""
-    of_starts = [event["event"] for event in events if event["event"] in ("started", *_STOPPED_KINDS)]
-    return bool(of_starts) and of_starts[-1] in _STOPPED_KINDS
+    """Whether the newest start had ended on purpose, and not for its launch to start all again at once."""
+    is_stopped = is_restarted = False
+    for event in events:
+        match event["event"]:
+            case "started":
+                is_stopped = is_restarted = False
+            case "restart":
+                is_restarted = True
+            case "launch_stopped":
+                is_restarted = False
+            case kind if kind in _STOPPED_KINDS:
+                is_stopped = True
+    return is_stopped and not is_restarted
 
 
 def last_metrics(run_url: str) -> list[Record]:

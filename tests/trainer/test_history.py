@@ -59,6 +59,20 @@ def test_restarts_are_counted_by_what_the_launcher_or_the_run_said_of_them() -> 
     assert not was_stopped(kinds) and was_stopped(kinds[:5]) and not was_stopped([])
 
 
+def test_nodes_that_save_to_let_another_in_were_not_stopped_on_purpose() -> None:
+    kinds = [
+        {"event": "started"},
+        {"event": "restart", "cause": "node_joined"},
+        {"event": "stopped"},
+    ]
+    assert not was_stopped(kinds), "that time is down, and lowers goodput"
+    assert was_stopped([*kinds, {"event": "launch_stopped"}]), "somebody stopped the launch in that moment"
+    kinds.append({"event": "started"})
+    assert restarts_by_cause(kinds) == {"node_joined": 1}
+    kinds.append({"event": "stopped"})
+    assert was_stopped(kinds)
+
+
 def test_metrics_are_read_from_their_end_and_half_a_line_is_none(tmp_path: Path) -> None:
     lines = [json.dumps({"time": number, "account": {"forward": number}}) for number in range(5000)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"time": 9e9, "acc')
