@@ -1,10 +1,18 @@
-"""What --chaos may say, and when each fault is due."""
+"""What --chaos may say, when each fault is due, and a launch that gets over them."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import yaml
 
-from datastore.errors import AskedWrongly
+from datastore.errors import EXIT_DONE, AskedWrongly
 from launcher.chaos import Chaos, Fault, needs_networks, parse_chaos
 from launcher.command import Layout
+from tests.accounts import check_time_adds_up
+from tests.runs import tiny_config, write_corpus
+from trainer.runfolder import RunFolder
 
 THREE = Layout(3, procs_per_node=2)
 
@@ -54,3 +62,29 @@ def test_each_fault_is_due_once_even_if_its_step_is_done_again() -> None:
 def test_only_partitions_need_networks() -> None:
     assert needs_networks(parse_chaos("kill-node@1,partition@2", THREE))
     assert not needs_networks(parse_chaos("kill-node@1", THREE))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_launch_gets_over_three_faults_that_it_was_asked_for_and_its_time_adds_up(tmp_path: Path) -> None:
+    store = write_corpus(f"{tmp_path}/shapes.zarr")
+    checkpoint = {"every_steps": 10, "every_seconds": None, "background": False}
+    config = tiny_config(store.url, steps=800, global_batch=12, checkpoint=checkpoint, evaluation={"protocols": []})
+    tree = config.model_dump(mode="json", exclude={"job": True, "data": {"store_url"}})
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
+    words = ["launch", "./mine.yaml", "--data", store.url, "--run", "mine", "--nodes", "2:3", "--step-deadline", "5"]
+    words += ["--chaos", "kill-worker=1@50,hang=1@150,kill-node=2@250:3s"]
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == EXIT_DONE, done.stderr
+    run = RunFolder(f"{tmp_path}/runs/mine")
+    events = run.events()
+    assert [event["fault"] for event in events if event["event"] == "chaos_injected"] == [
+        "kill-worker=1@50", "hang=1@150", "kill-node=2@250:3s"
+    ]  # fmt: skip
+    causes = [event["cause"] for event in events if event["event"] == "restart"]
+    assert causes == ["worker_killed", "worker_hung", "node_lost", "node_joined"]
+    account = check_time_adds_up(run)
+    assert account["down"] > 5 and account["redone"] > 0
+    assert "recovered from 4 disturbances" in done.stdout

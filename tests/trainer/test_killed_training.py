@@ -8,14 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from datastore.layout import Store
+from tests.accounts import check_time_adds_up
 from tests.killable_training import IDS_OF_STEP
 from tests.runs import tiny_config
-from trainer.history import goodput
 from trainer.runfolder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -91,15 +90,6 @@ def _samples(folder: Path, world: int) -> dict[tuple[int, int], list[int]]:
     return found
 
 
-def _goodput_by_the_log(run: RunFolder) -> float:
-    """From the lines alone: the last time that each step was done is the one that counts."""
-    lines: dict[int, dict[str, Any]] = {line["step"]: line for line in run.metrics()}
-    productive = sum(line["phases"][phase] for line in lines.values() for phase in ("forward", "backward", "optimizer"))
-    events = run.events()
-    began = events[0]["time"] - sum(events[0]["account"].values())
-    return float(productive / (events[-1]["time"] - began))
-
-
 @pytest.mark.parametrize(
     ("stage", "precision", "world"),
     [
@@ -134,10 +124,5 @@ def test_a_run_that_is_killed_three_times_repeats_the_undisturbed_one_and_its_ti
     assert [start["generation"] for start in starts] == [1, 2, 3, 4] and starts[-1]["resumed_from"] > 0
     assert all(start["world"] == world for start in starts)
 
-    finished = run.last_event("finished")
-    assert finished is not None
-    account = finished["account"]
-    wall_seconds = finished["time"] - (starts[0]["time"] - sum(starts[0]["account"].values()))
-    assert sum(account.values()) == pytest.approx(wall_seconds, rel=0.01)
+    account = check_time_adds_up(run)
     assert account["redone"] > 0 and account["down"] > 0
-    assert goodput(account) == pytest.approx(_goodput_by_the_log(run), rel=0.01)
