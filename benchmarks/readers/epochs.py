@@ -40,6 +40,9 @@ _WARMING: Final = 1 / 4  # of an epoch, before the clock starts
 
 Batches = Iterator[tuple[Any, Any]]
 
+_fetched: list[Callable[[], int]] = []
+"""Says how many bytes came from the files so far, where a system knows."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -86,6 +89,7 @@ def _ours(run: Run) -> Iterator[Batches]:
         world_size=1, seed=0,
     ) as stream:  # fmt: skip
         # one batch more than whole epochs: between the first and the last, exactly those were read, ahead of both alike
+        _fetched.append(lambda: stream.bytes_read)
         steps = stream.steps(run.epochs * stream.steps_per_epoch + 1)
         yield ((batch.ids, getattr(batch, run.what.field)) for step in steps for batch in step)
 
@@ -183,10 +187,13 @@ def _plain(run: Run) -> Iterator[Batches]:
 
     def batches() -> Batches:
         bounds = np.linspace(0, run.num_samples, len(parts) + 1).astype(int)
+        fetched = 0
+        _fetched.append(lambda: fetched)
         yield np.zeros(0), None  # the clock starts
         with ThreadPoolExecutor(run.connections) as pool:
             for number, _ in enumerate(pool.map(read, run.epochs * parts)):
                 place = number % len(parts)
+                fetched += parts[place][2] - parts[place][1]
                 yield np.arange(bounds[place], bounds[place + 1]), None
 
     yield batches()
@@ -220,6 +227,10 @@ def _cpu_seconds() -> float:
     return whole
 
 
+def _bytes_fetched() -> int:
+    return sum(count() for count in _fetched)
+
+
 def measure(run: Run) -> dict[str, Any]:
     """Figures of one epoch, or several. Rates are of all but the first one or, of one, of its first quarter, in which memory
     and workers are still cold."""
@@ -234,7 +245,7 @@ def measure(run: Run) -> dict[str, Any]:
         warm, is_whole = None, True
         while True:
             if warm is None and came >= cold:
-                warm = _Mark(time.perf_counter(), _cpu_seconds(), came)
+                warm = _Mark(time.perf_counter(), _cpu_seconds(), came, _bytes_fetched())
                 waited = 0.0
             if run.step_seconds:
                 time.sleep(run.step_seconds)  # a GPU computes
@@ -252,13 +263,14 @@ def measure(run: Run) -> dict[str, Any]:
             if warm is not None and last_at - warm.at > run.limit_seconds:
                 is_whole = False
                 break
-        last_cpu = _cpu_seconds()
+        last_cpu, last_bytes = _cpu_seconds(), _bytes_fetched()
         stack.close()
     if values is not None:  # not by plain GETs
         _check(run, seen, values, is_whole)
     counted, seconds = came - warm.came, last_at - warm.at
     return {
         "samples_per_second": counted / seconds,
+        "bytes_per_second": (last_bytes - warm.fetched) / seconds,
         "cpu_microseconds_a_sample": 1e6 * (last_cpu - warm.cpu) / counted,
         "first_batch_seconds": first_at - began,
         "data_wait_share": waited / seconds,
@@ -274,6 +286,7 @@ class _Mark(NamedTuple):
     at: float
     cpu: float
     came: int
+    fetched: int
 
 
 def _check(run: Run, seen: list[np.ndarray], last: Any, is_whole: bool) -> None:
