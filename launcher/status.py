@@ -77,17 +77,21 @@ def describe(state: Mapping[str, Any], now: float) -> str:
 def _state(events: Sequence[Record], *, working: bool) -> str:
     if working:
         return "running"
-    kinds = [event["event"] for event in events]
-    for kind in reversed(kinds):
+    for event in reversed(events):
+        kind = event["event"]
         if kind == "launch_complete":
             return "complete"
         if kind == "launch_stopped":
             return "stopped; the same launch goes on"
         if kind == "launch_failed":
             return "failed; see its logs"
+        if kind == "launch_started" and event.get("on") == "k8s":
+            return (
+                "no pod at work now: they wait for their cluster, or its launcher was killed; the same launch goes on"
+            )
         if kind == "launch_started":
             return "broken off without a word: its launcher was killed; the same launch goes on"
-    return "trained" if "finished" in kinds else "not running"
+    return "trained" if any(event["event"] == "finished" for event in events) else "not running"
 
 
 def _training(name: str, run: "RunFolder") -> dict[str, Any]:

@@ -62,7 +62,7 @@ class Kubelet:
         self._workers: dict[str, _PodWorker] = {}  # by uid
         self._newest: dict[tuple[str, str], tuple[str, str]] = {}  # by namespace and name: uid, and first container
         self._closing = threading.Event()
-        self._watch = state.watch("Pod")
+        self._watch = state.watch()
         self._thread = threading.Thread(target=self._follow, name="kubelet", daemon=True)
         self._names = NameServer(network.gateway, lambda: records(state.list("Pod"), state.list("Service")))
 
@@ -89,17 +89,6 @@ class Kubelet:
     def kill(self, namespace: str, pod: str, number: signal.Signals = signal.SIGKILL) -> None:
         """Kills all processes of a pod's containers at once, as a machine's memory killer or an accident would."""
         self._worker(namespace, pod).signal_all(number)
-
-    def evict(self, namespace: str, pod: str, reason: str = "EvictionByEvictionAPI") -> None:
-        """Says that a pod is disrupted, then deletes it, as an eviction, a drain or a preemption does."""
-
-        def mark(document: Document) -> None:
-            condition = {"type": "DisruptionTarget", "status": "True", "reason": reason, "lastTransitionTime": now()}
-            condition["message"] = "Eviction API: evicting"
-            document["status"].setdefault("conditions", []).append(condition)
-
-        self._state.change("Pod", namespace, pod, mark, status=True)
-        self._state.delete("Pod", namespace, pod)
 
     def log_path(
         self, namespace: str, pod: str, container: str | None = None, *, previous: bool = False
@@ -147,7 +136,9 @@ class Kubelet:
                 time.sleep(_TICK_SECONDS)
 
     def why_unschedulable(self, pod: Document) -> str | None:
-        """Why a pod does not fit on the node; None where it does."""
+        """Why a pod does not fit on the node, or is not to; None where it does."""
+        if self._state.get("Node", None, NODE).get("spec", {}).get("unschedulable"):
+            return "0/1 nodes are available: 1 node(s) were unschedulable."
         for container in pod["spec"]["containers"]:
             for resource, asked in container.get("resources", {}).get("requests", {}).items():
                 if "/" in resource and amount(asked) > self._capacity.get(resource, 0):
@@ -161,10 +152,14 @@ class Kubelet:
         for event in self._watch:
             if self._closing.is_set():
                 return
-            try:
-                self._take(event)
-            except Refused as error:  # the object changed in between: its next event comes
-                _logger.info("%s", error)
+            taken = [event] if event.object["kind"] == "Pod" else []
+            if event.object["kind"] == "Node":  # it may have room again
+                taken = [Event("MODIFIED", pod) for pod in self._state.list("Pod")]
+            for each in taken:
+                try:
+                    self._take(each)
+                except Refused as error:  # the object changed in between: its next event comes
+                    _logger.info("%s", error)
 
     def _take(self, event: Event) -> None:
         metadata = event.object["metadata"]

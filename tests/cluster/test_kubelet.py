@@ -14,6 +14,7 @@ import pytest
 from launcher.network import why_not
 from tests.cluster.double import Double
 from tests.cluster.job_controller import exit_codes, is_true
+from tests.cluster.kubelet import NODE
 from tests.cluster.refusals import Document
 from tests.cluster.sandbox import ROOT
 
@@ -279,6 +280,24 @@ def test_containers_wait_are_probed_start_again_and_follow_each_other(double: Do
     assert (large["status"]["phase"], events(double, large)) == ("Pending", ["FailedScheduling"])
     root = until_pod(double, "root", lambda found: "waiting" in found["status"]["containerStatuses"][0]["state"])
     assert root["status"]["containerStatuses"][0]["state"]["waiting"]["reason"] == "CreateContainerConfigError"
+
+
+def test_a_cordoned_node_takes_no_pod_until_it_is_uncordoned(double: Double | None) -> None:
+    if double is None:
+        return
+
+    def cordon(unschedulable: bool) -> None:
+        double.state.change(
+            "Node", None, NODE, lambda node: node.setdefault("spec", {}).update(unschedulable=unschedulable)
+        )
+
+    cordon(True)
+    double.state.create(job("cordoned", "true"))
+    while not (waiting := pods(double, "cordoned")) or "FailedScheduling" not in events(double, waiting[0]):
+        time.sleep(0.05)
+    assert "nodeName" not in waiting[0]["spec"]
+    cordon(False)
+    until(double, "cordoned", lambda found: is_true(found, "Complete"))
 
 
 HOLDER = """

@@ -25,7 +25,9 @@ from tests.k8s.schemas import Document
 from trainer.runfolder import RunFolder
 
 RUNS = "memory://bucket/runs"
-WORDS = ["launch", "pointmcd", "--nodes", "4", "--on", "k8s", "--runs", RUNS, "--image", "registry.test/viewpoint:1"]
+PLAIN = str(GOLDEN / "overlays-plain.yaml")
+IMAGE = "registry.test/viewpoint:1"
+WORDS = ["launch", "pointmcd", "--nodes", "4", "--on", "k8s", "--runs", RUNS, "--image", IMAGE, "--manifest", PLAIN]
 NAMESPACE = "viewpoint"
 
 

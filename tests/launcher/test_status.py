@@ -53,6 +53,8 @@ def test_a_run_that_is_worked_on_shows_how_far_it_is(run: RunFolder) -> None:
 def test_how_a_run_ended_is_told_apart(run: RunFolder) -> None:
     train_a_bit(run)
     assert state_of(run)["state"].startswith("broken off without a word")
+    run.append_event("launch_started", on="k8s")
+    assert state_of(run)["state"].startswith("no pod at work now")
     run.append_event("launch_stopped", step="pretrain")
     assert state_of(run)["state"] == "stopped; the same launch goes on"
     run.append_event("launch_failed", step="pretrain", exit_code=1)
