@@ -194,6 +194,11 @@ class Rows:
         """The first of these rows, and each so-manyth after it."""
         return Rows(self.ranges, self._step * step)
 
+    @property
+    def digest(self) -> str:
+        """Tells these rows from others."""
+        return f"{crc32c(self.ranges.astype('<i8').tobytes()):08x}/{self._step}"
+
     def all(self) -> Int64[np.ndarray, " r"]:
         """Every row, as one array."""
         return self[np.arange(len(self), dtype=np.int64)]

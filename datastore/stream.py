@@ -64,7 +64,7 @@ class StreamConfig(BaseModel, extra="forbid", frozen=True):
     store_url: str | None = None  # `--data` fills it in
     split: str = "train"
     classes: tuple[str, ...] | None = None  # only shapes of these; None: all, unlabelled ones too
-    shapes_url: str | None = None  # a text file of ids, one a line: only these of the shapes above. Leave it as it is
+    shapes_url: str | None = None  # a text file of ids, one a line: only these of the shapes above
     every: PositiveInt = 1  # only each so-manyth of the shapes above
     num_points: PositiveInt | None = None  # of a shape, the first so many: they are in farthest-point order. None: all
     # A batch takes its samples from so many places of the corpus at a time. More mix better and let more processes share
@@ -188,6 +188,11 @@ class Stream(Generic[BatchT]):
     def corpus(self) -> CorpusFacts:
         """What sizes a network."""
         return self.store.corpus_facts
+
+    @property
+    def rows_digest(self) -> str:
+        """Tells what is read from what another choice of samples, or another store, would have read."""
+        return self._samples.rows.digest
 
     @property
     def bytes_read(self) -> int:

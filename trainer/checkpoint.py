@@ -73,6 +73,7 @@ class Position:
     samples_seen: int = 0
     totals: Mapping[str, float] = field(default_factory=dict)  # metrics that go on counting, as seconds by bucket
     store_manifest: int | None = None  # what all starts of the run see of a store that grows
+    rows_digest: str | None = None  # of the samples that all starts of the run read
 
     def advanced(self, global_batch: int) -> "Position":
         """One step on."""
@@ -142,7 +143,9 @@ def restore(
                     forget(folder, later)
                 record_resumed(folder, generation, engine.world.size, step)
             publish(engine)
-            position = Position(manifest.step, manifest.samples_seen, manifest.totals, manifest.store_manifest)
+            position = Position(
+                manifest.step, manifest.samples_seen, manifest.totals, manifest.store_manifest, manifest.rows_digest
+            )
             return Restored(position, tuple(damaged))
         damaged += problems
         unusable.append(step)

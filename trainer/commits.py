@@ -130,6 +130,7 @@ class Manifest(BaseModel, frozen=True):
     step: int
     samples_seen: int
     store_manifest: int | None = None  # of the store that it is trained on
+    rows_digest: str | None = None  # of the samples of that store
     totals: dict[str, float]
     figures: dict[str, float] = {}  # the loss and its terms, means over the steps since the checkpoint before
     config_hash: str

@@ -143,6 +143,12 @@ def pretrain(
             pin_memory=engine.device.type == "cuda",
         )
         stream = closing.enter_context(patience.persist(open_it, f"read {store.url}"))
+        if position.rows_digest not in (None, stream.rows_digest):
+            raise DoNotRetry(
+                f"This run would go on with other samples than those it began with: {store.url} or the list that "
+                f"data.shapes_url names is not what it was. Put it back, or begin a run of another name (--run)."
+            )
+        position = replace(position, rows_digest=stream.rows_digest)
         total_steps = config.total_steps(stream.steps_per_epoch)
         report = closing.enter_context(Report(config, folder, world, account, stream, position, total_steps))
         network = network_description(objective.encoder, config)

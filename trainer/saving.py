@@ -205,6 +205,7 @@ class Saver:
             step=position.step,
             samples_seen=position.samples_seen,
             store_manifest=position.store_manifest,
+            rows_digest=position.rows_digest,
             totals=dict(position.totals),
             figures=dict(figures),
             config_hash=self._identity.config_hash,

@@ -176,6 +176,23 @@ def test_a_run_goes_on_with_what_it_saw_of_a_store_that_has_grown_meanwhile(tmp_
     assert _losses(stopped.url) == _losses(straight.url)
 
 
+def test_a_run_does_not_go_on_with_other_samples(store_url: str, tmp_path: Path) -> None:
+    store, listed = open_store(store_url), tmp_path / "shapes.txt"
+    ids = store.read("id", store.rows("train")[:40]).tolist()
+    config = _config(store_url, data={"shapes_url": str(listed)})
+    folder = RunFolder(str(tmp_path / "run"), writer="rank-0")
+    listed.write_text("\n".join(ids))
+    with joined(20) as world, pytest.raises(Stopped):
+        pretrain(config, folder, world, _StopAtStep(3))
+    listed.write_text("\n".join(ids[:-1]))
+    with joined(20) as world, pytest.raises(DoNotRetry, match=r"other samples .* data.shapes_url .* Put it back"):
+        pretrain(config, folder, world, threading.Event())
+    listed.write_text("\n".join(reversed(ids)))  # a list has no order
+    with joined(20) as world:
+        pretrain(config, folder, world, threading.Event())
+    assert folder.is_finished()
+
+
 def test_a_run_goes_on_with_fewer_processes_and_another_stage(store_url: str, tmp_path: Path) -> None:
     url = str(tmp_path / "run")
     run_ranks(_pretrain, _config(store_url, engine={"zero_stage": 2}), url, 4)
