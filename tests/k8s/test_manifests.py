@@ -344,6 +344,12 @@ def test_the_jobset_s_nodes_are_the_job_s_but_for_where_the_store_is() -> None:
     assert all(rule["name"] for rule in jobset["spec"]["failurePolicy"]["rules"])
 
 
+def test_exclusive_placement_is_of_the_nodes_and_not_of_the_store() -> None:
+    node, store = workload_of(documents(GOLDEN / "overlays-jobset-exclusive.yaml"))["spec"]["replicatedJobs"]
+    assert "alpha.jobset.sigs.k8s.io/exclusive-topology" in node["template"]["metadata"]["annotations"]
+    assert "metadata" not in store["template"]
+
+
 def test_every_policy_says_what_it_protects_from() -> None:
     text = (ROOT / "k8s" / "base" / "train.yaml").read_text()
     lines = text.splitlines()
