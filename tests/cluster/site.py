@@ -20,8 +20,14 @@ from tests.s3_server import KEY_ID, SECRET_KEY
 ROOT: Final = Path(__file__).parent.parent.parent
 NAMESPACE: Final = "viewpoint"
 IMAGE: Final = "registry.local/viewpoint:0.1.0"
-IMAGE_ENVIRONMENT: Final = {"HOME": "/tmp", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
-"""As k8s/image/Dockerfile has it."""
+IMAGE_ENVIRONMENT: Final = {
+    "HOME": "/tmp",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "PYTHONUNBUFFERED": "1",
+    # views are rounded in another way by another processor's kernels: a few bytes of a corpus, and then all losses
+    **{name: value for name, value in os.environ.items() if name.startswith("OPENBLAS_")},
+}
+"""As k8s/image/Dockerfile has it, and what this machine's numpy is told, which is the image's here."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,23 @@ def write_overlay(folder: Path, endpoint_url: str) -> None:
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
 
 
-def copy_manifests(folder: Path, endpoint_url: str, recipe: Document, settings: Mapping[str, str]) -> Path:
+def copy_checkout(folder: Path, endpoint_url: str, settings: Mapping[str, str]) -> Path:
+    """The repository as somebody has it who has edited k8s/ as docs/cluster.md says, and for whom make has installed it."""
+    for name in ("launcher", "trainer", "datastore", "models"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder / name)
+    copy_manifests(folder, endpoint_url, None, settings)
+    programs = folder / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "python").symlink_to(sys.executable)
+    (programs / "viewpoint").write_text(f'#!/bin/sh\nexec {sys.executable} -m launcher "$@"\n')
+    (programs / "viewpoint").chmod(0o755)
+    (folder / ".venv" / ".installed").touch()
+    return folder
+
+
+def copy_manifests(folder: Path, endpoint_url: str, recipe: Document | None, settings: Mapping[str, str]) -> Path:
     """k8s/ as somebody has it who has edited it as docs/cluster.md says; the folder to apply for training."""
     own = folder / "k8s"
     shutil.copytree(ROOT / "k8s", own, dirs_exist_ok=True)
@@ -106,7 +128,8 @@ def copy_manifests(folder: Path, endpoint_url: str, recipe: Document, settings: 
         own / "components" / "s3" / "storage.yaml",
         lambda document: document["data"].update(AWS_ENDPOINT_URL=endpoint_url),
     )
-    (own / "base" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    if recipe is not None:
+        (own / "base" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     job = own / "base" / "train.yaml"
     job.write_text(job.read_text().replace('cpu: "2"', 'cpu: "1"'))
     return own / "stages" / "train"
