@@ -157,8 +157,9 @@ def test_a_launch_with_kubectl_trains_on_four_pods_to_the_report_as_four_local_n
 def make_launch(checkout: Path, site: Site, *more: str) -> str:
     """What the documented command prints, in a checkout; an error with it where it fails."""
     command = ["make", "--no-print-directory", "launch", "JOB=pointmcd", "NODES=4", *more]
-    # where make runs the tests, its settings would be this one's, too
-    environment = {name: value for name, value in site.environment.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    # where make runs the tests, what it was told reaches all that it starts
+    told = {"MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "PYTHON", "VENV", "RUNS", "RUN", "DATA", "SET", "ARGS"}
+    environment = {name: value for name, value in site.environment.items() if name not in told}
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
     print(done.stderr, done.stdout)
     assert done.returncode == EXIT_DONE
