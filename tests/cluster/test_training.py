@@ -201,7 +201,7 @@ def test_make_launch_runs_the_whole_demo_on_four_pods_as_on_four_local_nodes_bit
     make_launch(checkout, site)
     for name in ("pointmcd-1", "pointmcd-1/arms/distillation_off", "demo/pointmcd_teacher-"):
         on_pods, here = (trained_in(f"{folder}/{name}") for folder in (runs_url, checkout / "runs"))
-        assert len(losses(here)) > 9
+        assert len(losses(here)) == 9  # three epochs of three steps
         assert losses(on_pods) == losses(here)
         saved = on_pods.last_event("saved")
         assert saved is not None
