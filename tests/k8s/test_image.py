@@ -126,18 +126,24 @@ def test_the_step_for_packages_asks_for_those_of_the_project() -> None:
 
 
 @pytest.mark.slow
-def test_the_project_is_installed_into_a_fresh_folder_with_all_that_it_reads(tmp_path: Path) -> None:
+@pytest.mark.timeout(3600)
+def test_the_steps_of_the_build_make_an_environment_in_a_fresh_folder_that_works(tmp_path: Path) -> None:
     build, venv = tmp_path / "build", tmp_path / "venv"
     build.mkdir()
-    for words in of("COPY", "build"):
-        *sources, target = words.split()
-        for source in sources:
-            if (ROOT / source).is_dir():
-                shutil.copytree(ROOT / source, build / target, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copy(ROOT / source, build / target)
-    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-    subprocess.run(["./install.sh", "project", venv], cwd=build, check=True, capture_output=True)
+    done = []
+    for kind, words in stages()["build"]:
+        if kind == "COPY":
+            *sources, target = words.split()
+            for source in sources:
+                if (ROOT / source).is_dir():
+                    shutil.copytree(ROOT / source, build / target, ignore=shutil.ignore_patterns("__pycache__"))
+                else:
+                    shutil.copy(ROOT / source, build / target)
+        if kind == "RUN":
+            step = words.replace("/opt/viewpoint", str(venv)).replace('"$VARIANT"', "cuda")
+            subprocess.run(["sh", "-c", step], cwd=build, env=environment_of_build(), check=True, capture_output=True)
+            done.append(step.split()[:2])
+    assert done == [["./install.sh", "packages"], ["./install.sh", "project"]]
     helped = subprocess.run(
         [venv / "bin" / "viewpoint", "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
@@ -149,3 +155,12 @@ def test_the_project_is_installed_into_a_fresh_folder_with_all_that_it_reads(tmp
         "trainer/recipes/pointmcd.yaml",
     ):
         assert (site / name).is_file(), f"{name} is not installed"
+    shrunk = ["--set=prepare.corpus.source=demo://shapes?count=48&seed=0", "--set=global_batch=8", "--set=epochs=1"]
+    launch = [venv / "bin" / "viewpoint", "launch", "supervised", *shrunk]
+    launched = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert launched.returncode == 0, launched.stderr
+
+
+def environment_of_build() -> dict[str, str]:
+    """As in the base image: this Python is the first on the path."""
+    return os.environ | {"PATH": f"{Path(sys.base_prefix) / 'bin'}:{os.environ['PATH']}"}
