@@ -274,7 +274,7 @@ def describe(summary: IngestSummary) -> str:
     if summary.written:
         before = f" ({summary.resumed:,} were there before)" if summary.resumed else ""
         lines.append(
-            f"Wrote {summary.written:,} shapes into {summary.store_url}{before} in {format_seconds(summary.seconds)}, "
+            f"Went through {summary.written:,} shapes for {summary.store_url}{before} in {format_seconds(summary.seconds)}, "
             f"{summary.shapes_per_second:.1f} shapes/s."
         )
     else:

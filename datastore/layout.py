@@ -467,7 +467,7 @@ class Store:
                 f"others' folders in {self.url}/{_TEACHERS_FOLDER}."
             )
         name = teacher.partition("@")[0]
-        command = f"`viewpoint cache {self.url} --teacher {name}`"
+        command = f"`viewpoint cache {self.url} --teacher {name} --weights URL`"
         for key, unfinished in self._every_teacher.items():
             if teacher in (key, key.partition("@")[0]):
                 command = f"`{unfinished.command(self.url)}`"

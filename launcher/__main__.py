@@ -102,7 +102,7 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "exit codes: 0 done; 2 asked wrongly; 64 wrong configuration or data, do not retry;",
+            "exit codes: 0 done; 2 asked wrongly; 64 wrong configuration or data, do not retry; 69 storage does not answer;",
             "            75 stopped after saving, the same command goes on; else failed, a retry makes sense",
         ]
     )

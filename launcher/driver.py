@@ -23,7 +23,7 @@ from launcher.prerequisites import missing_networks, prerequisites_of
 from launcher.presence import HeldError, Presence
 from launcher.readings import ProgressReader
 from launcher.rendezvous import RendezvousStore
-from launcher.runs import COMPLETE, ChosenRun, choose_run, pinned
+from launcher.runs import COMPLETE, ChosenRun, choose_run, continued, is_same_training, pinned
 from launcher.spec import LaunchSpec, check_world, node_counts_for, worlds_for
 from launcher.stop import STOP_REQUESTED, StopRequest, Urgency
 from launcher.summary import STEP_FINISHED, results_of, summarise
@@ -277,7 +277,9 @@ class _Launch:
 
 
 def begin_run(goal: Goal, run: RunFolder, config: RunConfig) -> None:
-    """Writes the config that a training step reads, bound to the teacher's features that it finds now."""
+    """Writes the config that a training step reads, bound to the teacher's features that it finds now, once and for all."""
+    if run.exists() and is_same_training(there := run.config(), config):
+        config = continued(there, config)
     teacher = config.teacher
     if teacher is not None:
         features = find_features(goal, find_store(goal), teacher)

@@ -26,8 +26,8 @@ examples:
 
 {GRAMMAR}
 Ctrl-C saves a checkpoint and stops; the same command goes on. A second Ctrl-C kills.
-exit codes: 0 done; 2 asked wrongly; 64 wrong configuration or data, do not retry; 75 stopped, the same command goes on;
-            else failed, a retry makes sense
+exit codes: 0 done; 2 asked wrongly; 64 wrong configuration or data, do not retry; 69 storage does not answer;
+            75 stopped, the same command goes on; else failed, a retry makes sense
 """
 
 

@@ -38,13 +38,13 @@ def choose_run(runs_url: str, name: str | None, config: RunConfig, *, same_store
             continue
         there = folder.config()
         if is_same_training(there, config) and there.data.store_url == config.data.store_url:
-            return ChosenRun(folder, _continued(there, config))
+            return ChosenRun(folder, continued(there, config))
     return ChosenRun(RunFolder(f"{runs_url}/{config.job}-{max(numbers, default=0) + 1}"), config, is_new=True)
 
 
 def find_run(run: str) -> RunFolder:
     """The run at a URL or path, or of that name in ./runs; an error that lists what is there where there is none."""
-    for url in (run, f"runs/{run}"):
+    for url in (run,) if "://" in run else (run, f"runs/{run}"):
         folder = RunFolder(url)
         if folder.exists():
             return folder
@@ -82,7 +82,7 @@ def _with_teacher(config: RunConfig, teacher: str) -> RunConfig:
     return config.model_copy(update={"objective": config.objective.model_copy(update={"teacher": teacher})})
 
 
-def _continued(there: RunConfig, asked: RunConfig) -> RunConfig:
+def continued(there: RunConfig, asked: RunConfig) -> RunConfig:
     """What is asked for may differ in how the work is spread; which teacher the run began with stays."""
     teacher = getattr(there.objective, "teacher", None)
     return asked if teacher is None else _with_teacher(asked, teacher)
@@ -108,7 +108,7 @@ def _named(runs_url: str, name: str, config: RunConfig, *, same_store: bool) -> 
             + f"\nGo on with its own settings (`--set` the first values), or start a new run with another --run name. "
             f"Its settings are in {folder.url}/config.yaml."
         )
-    return ChosenRun(folder, _continued(there, config), is_complete=folder.last_event(COMPLETE) is not None)
+    return ChosenRun(folder, continued(there, config), is_complete=folder.last_event(COMPLETE) is not None)
 
 
 def _differences(there: object, asked: object, key: str = "") -> list[str]:

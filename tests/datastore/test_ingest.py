@@ -290,7 +290,7 @@ def test_parts_are_counted_from_zero() -> None:
 def test_the_summary_says_what_is_missing() -> None:
     summary = IngestSummary("s", 160, 80, 0, 10.0, is_complete=False)
     text = stage.describe(summary)
-    assert "Wrote 80 shapes into s in 10 s, 8.0 shapes/s." in text
+    assert "Went through 80 shapes for s in 10 s, 8.0 shapes/s." in text
     assert "Other parts of the store are still missing" in text
     assert "(20 were there before)" in stage.describe(replace(summary, resumed=20))
 

@@ -364,7 +364,7 @@ def test_an_absent_teacher_says_which_command_writes_it(tmp_path: Path) -> None:
     add_teacher(write_small_store(str(tmp_path)))
     store = open_store(tmp_path)
     with pytest.raises(
-        MissingField, match=r"no fields of teacher 'clip'. It holds teacher@feedc0de. .*--teacher clip`"
+        MissingField, match=r"no fields of teacher 'clip'. It holds teacher@feedc0de. .*--teacher clip --weights URL`"
     ):
         store.resolve_teacher("clip")
     with pytest.raises(MissingField, match=r"wrote view_features, but not 'view_tokens'"):

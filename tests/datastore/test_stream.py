@@ -851,7 +851,7 @@ def test_a_missing_field_names_the_command_that_writes_it(tmp_path: Path) -> Non
 
 
 def test_a_missing_teacher_names_the_command_that_writes_its_fields(url: str) -> None:
-    with pytest.raises(MissingField, match=r"`viewpoint cache .* --teacher vit`"):
+    with pytest.raises(MissingField, match=r"`viewpoint cache .* --teacher vit --weights URL`"):
         stream_of(url, WholeBatch, teacher="vit")
     with pytest.raises(AskedWrongly, match=r"WholeBatch reads 'view_features', which a teacher wrote"):
         stream_of(url, WholeBatch)

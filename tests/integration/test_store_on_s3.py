@@ -26,7 +26,7 @@ def viewpoint(*words: str) -> str:
 def test_a_store_on_s3_is_written_verified_and_read_by_plain_zarr(s3_bucket: str, tmp_path: Path) -> None:
     url = f"{s3_bucket}/corpora/demo.zarr"
     options = ("--rig", "simple6", "--image-size", "32", "--points", "64", "--workers", "2")
-    assert "Wrote 24 shapes" in viewpoint("ingest", SOURCE, url, *options)
+    assert "Went through 24 shapes" in viewpoint("ingest", SOURCE, url, *options)
     assert "Verified: every checksum is right" in viewpoint("inspect", url, "--verify")
 
     local = undisturbed_store(SOURCE, tmp_path / "local.zarr")

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from datastore.errors import (
 from datastore.layout import open_store
 from launcher.__main__ import main
 from launcher.command import Layout
-from launcher.driver import hold, logs_folder, resolve
+from launcher.driver import begin_run, hold, logs_folder, resolve
 from launcher.events import describe_event
 from launcher.facts import FEATURES_CACHED, find_features, observe
 from launcher.plan import Facts, Goal, Prerequisite
@@ -161,6 +161,21 @@ def test_the_demo_reads_the_features_of_its_own_teacher_alone(here: Path) -> Non
     RunFolder("runs/t").append_event(FEATURES_CACHED, store=store.url, teacher=key)
     assert find_features(goal, store, "teacher") == key
     assert find_features(goal, None, "teacher") is None
+
+
+def test_a_run_and_its_arms_keep_the_configs_that_they_began_with(here: Path) -> None:
+    store = write_corpus("corpus.zarr")
+    config = load_recipe("pointmcd", demo=True, assignments=["objective.teacher=teacher"], store_url=store.url)
+    begun = Goal(config, "runs/a", store.url, makes_corpus=False)
+    run, arm = RunFolder(begun.run_url), RunFolder(begun.arm_url("distillation_off"))
+    begin_run(begun, run, config)
+    begin_run(begun, arm, begun.arms["distillation_off"])
+    began = run.config(), arm.config()
+    assert [began[0].teacher] == list(store.teachers) and began[1].teacher is None
+    again = replace(begun, config=run.config())  # as the launcher goes on with it: bound to its teacher's weights
+    begin_run(again, run, again.config)
+    begin_run(again, arm, again.arms["distillation_off"])
+    assert (run.config().hash(), arm.config().hash()) == tuple(each.hash() for each in began)
 
 
 def test_on_data_of_ones_own_features_that_are_there_are_used(here: Path) -> None:

@@ -28,6 +28,11 @@ def recipe_path(job: str, *, demo: bool) -> Path:
     known = known_jobs(demo=demo)
     if job in known:
         return (_FOLDER / "demo" if demo else _FOLDER) / f"{job}.yaml"
+    if demo and job in known_jobs(demo=False):
+        raise AskedWrongly(
+            f"Job {job!r} has the paper's settings alone, and no small variant for the demo corpus: name a store with --data. "
+            f"Jobs that go without: {_listing(demo)}."
+        )
     nearest = difflib.get_close_matches(job, known, n=1)
     meant = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise AskedWrongly(
