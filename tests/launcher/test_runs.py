@@ -92,3 +92,5 @@ def test_a_run_is_found_by_its_path_or_by_its_name(tmp_path: Path, monkeypatch: 
     assert find_run(str(tmp_path / "runs" / "mine")).name == "mine"
     with pytest.raises(DoNotRetry, match=r"Runs in \./runs: mine"):
         find_run("yours")
+    with pytest.raises(DoNotRetry, match=r"memory://nowhere/runs/mine is no run folder"):
+        find_run("memory://nowhere/runs/mine")

@@ -43,6 +43,13 @@ def test_an_unknown_job_lists_the_known_ones_and_the_nearest() -> None:
         recipe_path("pointmdc", demo=True)
 
 
+def test_a_job_without_a_small_variant_says_what_it_needs() -> None:
+    with pytest.raises(
+        AskedWrongly, match=r"'pointmcd_dgcnn' has the paper's settings alone, .* with --data.*pointmcd,"
+    ):
+        recipe_path("pointmcd_dgcnn", demo=True)
+
+
 def test_a_missing_recipe_file_is_named() -> None:
     with pytest.raises(AskedWrongly, match=r"no recipe file './nowhere.yaml'"):
         recipe_path("./nowhere.yaml", demo=False)
