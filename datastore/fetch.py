@@ -26,6 +26,7 @@ from pydantic import BaseModel, NonNegativeFloat, PositiveFloat, PositiveInt
 from datastore.buffers import Buffers
 from datastore.disk_cache import DiskCache
 from datastore.objects import ObjectFolder
+from datastore.pieces import Pieces
 from datastore.ranges import Call, Missing, Refused, open_ranges
 
 Problem = Callable[[memoryview], str | None]
@@ -115,29 +116,45 @@ class Fetcher:
         `version` tells the local cache the object from another one that had its name. Without a budget, the fetch has one
         of its own.
         """
+        content = self.buffers.empty((end - start,), np.uint8).data
+        self.fill(Pieces([content]), name, start, lambda: problem_of(content), version, budget)
+        return content
+
+    def fill(
+        self,
+        target: Pieces,
+        name: str,
+        start: int,
+        problem: Callable[[], str | None],
+        version: str = "",
+        budget: "Budget | None" = None,
+    ) -> None:
+        """The same, put where it belongs: as many bytes as the target has room for. `problem` looks at them there."""
         deadline = _Deadline(budget or self.budget())
         if self._cache is None:
-            return self._fetch(name, start, end, problem_of, deadline)
-        key = f"{self._url}/{name}?{version}#{start}-{end}"
+            self._fetch(target, name, start, problem, deadline)
+            return
+        key = f"{self._url}/{name}?{version}#{start}-{start + target.num_bytes}"
         found = self._cache.get(key)
         if found is not None:
-            content = memoryview(found)
-            if (_length_problem(len(content), start, end) or problem_of(content)) is None:
-                with self._counting:
-                    self.cache_hits += 1
-                return content
+            if len(found) == target.num_bytes:
+                target.fill(memoryview(found))
+                if problem() is None:
+                    with self._counting:
+                        self.cache_hits += 1
+                    return
             self._cache.drop(key)
-        content = self._fetch(name, start, end, problem_of, deadline)
-        self._cache.put(key, content)
-        return content
+        self._fetch(target, name, start, problem, deadline)
+        self._cache.put(key, target.joined())
 
     def exists(self, name: str) -> bool:
         """Whether there is such an object now, asked once. FetchFailed where there is no answer."""
         try:
             if self.is_local:
-                self._ranges.read(name, 0, Call(), memoryview(bytearray(1)))
+                self._ranges.read(name, 0, Call(), Pieces([memoryview(bytearray(1))]))
             else:
-                self._first_answer(self._ask(name, 0, memoryview(bytearray(1))), _Deadline(self.budget()))
+                one_byte = Pieces([memoryview(bytearray(1))])
+                self._first_answer(self._ask(name, 0, one_byte), _Deadline(self.budget()))
         except Missing:
             return False
         except Refused as error:
@@ -156,24 +173,29 @@ class Fetcher:
             pool.shutdown(wait=True)
         self._ranges.close()
 
-    def _fetch(self, name: str, start: int, end: int, problem_of: Problem, deadline: "_Deadline") -> memoryview:
-        """The range, read again part by part where it came damaged.
+    def _fetch(
+        self, target: Pieces, name: str, start: int, problem_of: Callable[[], str | None], deadline: "_Deadline"
+    ) -> None:
+        """Fills the target, and again, part by part, where a range came damaged.
 
         A part that comes twice the same is what the server holds: two transfers do not go wrong in the same way. So a
         range of many parts comes right though some part of it is damaged in most reads. If all of them came twice the
         same, and once more all of them did, the object itself is damaged.
         """
-        part_bytes = end - start if self.is_local else max(1, int(self._config.part_mib * 2**20))
-        whole = self.buffers.empty((end - start,), np.uint8).data  # parts are read into their places
-        parts = [_Part(start + at, whole[at : at + part_bytes]) for at in range(0, end - start, part_bytes)]
+        num_bytes = target.num_bytes
+        part_bytes = num_bytes if self.is_local else max(1, int(self._config.part_mib * 2**20))
+        parts = [
+            _Part(start + at, target.part(at, min(at + part_bytes, num_bytes)))
+            for at in range(0, num_bytes, part_bytes)
+        ]
         trouble = _Trouble(deadline)
         times_settled = 0
         while True:
             asked = [part for part in parts if not part.is_settled]
             self._read_parts(name, asked, deadline)
-            problem = _length_problem(sum(part.num_bytes for part in parts), start, end) or problem_of(whole)
+            problem = _length_problem(sum(part.num_bytes for part in parts), start, num_bytes) or problem_of()
             if problem is None:
-                return whole
+                return
             for part in asked:
                 part.came_damaged()
             if all(part.is_settled for part in parts):
@@ -249,7 +271,7 @@ class Fetcher:
                 if len(requests) < _TOGETHER:
                     with self._counting:
                         self.hedges += 1
-                    own = self.buffers.empty((len(first.target),), np.uint8).data
+                    own = Pieces([self.buffers.empty((first.target.num_bytes,), np.uint8).data])
                     requests.append(self._ask(first.name, first.start, own, in_place_of_another=True))
                     next_at = time.monotonic() + self._tempo.patience_seconds
         finally:
@@ -261,10 +283,10 @@ class Fetcher:
             while not first.answer.done():
                 first.call.end()
                 wait([first.answer], _CLOSED_POLL_SECONDS)
-            first.target[:] = chosen.target
+            first.target.fill(chosen.target.joined())
         return num_bytes
 
-    def _ask(self, name: str, start: int, target: memoryview, *, in_place_of_another: bool = False) -> "_Request":
+    def _ask(self, name: str, start: int, target: Pieces, *, in_place_of_another: bool = False) -> "_Request":
         with self._counting:
             if self._closed.is_set():
                 raise _closed()
@@ -316,7 +338,7 @@ class Fetcher:
 class _Part:
     """A piece of a range, and its place in memory."""
 
-    def __init__(self, start: int, target: memoryview) -> None:
+    def __init__(self, start: int, target: Pieces) -> None:
         self.start, self.target = start, target
         self.num_bytes = 0  # that came
         self.is_settled = False  # it came twice the same
@@ -324,9 +346,11 @@ class _Part:
 
     def came_damaged(self) -> None:
         """Its range did, perhaps by another part: remembers what this one came like."""
-        digest = hashlib.blake2b(self.target[: self.num_bytes], digest_size=16).digest()
-        self.is_settled = digest in self._digests
-        self._digests.add(digest)
+        came = hashlib.blake2b(digest_size=16)
+        for piece in self.target.part(0, self.num_bytes):
+            came.update(piece)
+        self.is_settled = came.digest() in self._digests
+        self._digests.add(came.digest())
 
     def forget(self) -> None:
         """As if it had not come yet."""
@@ -339,7 +363,7 @@ class _Request:
 
     answer: "Future[int]"
 
-    def __init__(self, name: str, start: int, target: memoryview) -> None:
+    def __init__(self, name: str, start: int, target: Pieces) -> None:
         self.name, self.start, self.target = name, start, target
         self.call = Call()
         self.began = 0.0
@@ -473,7 +497,7 @@ def _closed() -> FetchFailed:
     return FetchFailed("the stream was closed", may_pass=True)
 
 
-def _length_problem(num_bytes: int, start: int, end: int) -> str | None:
-    if num_bytes == end - start:
+def _length_problem(came: int, start: int, asked: int) -> str | None:
+    if came == asked:
         return None
-    return f"bytes {start:,} to {end:,} were asked for and {num_bytes:,} came"
+    return f"bytes {start:,} to {start + asked:,} were asked for and {came:,} came"

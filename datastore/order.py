@@ -75,14 +75,8 @@ class Order:
 
     def window_units(self, epoch: int, window: int) -> Integers:
         """The units whose samples one window of an epoch shuffles."""
-        return self.units_of_windows(epoch, np.array([window], dtype=np.int64))[0]
-
-    def units_of_windows(self, epoch: int, windows: Integers) -> list[Integers]:
-        """The same for many windows at once: looking one up costs nearly what a hundred cost."""
-        first, end = self._first_slot(windows), self._first_slot(windows + 1)
-        before = np.cumsum(end - first)
-        slots = np.arange(before[-1], dtype=np.int64) + np.repeat(end - before, end - first)
-        return np.split(permute(slots, self.num_units, self._unit_key(epoch)), before[:-1])
+        first, end = self._first_slot(np.array([window, window + 1], dtype=np.int64)).tolist()
+        return permute(np.arange(first, end, dtype=np.int64), self.num_units, self._unit_key(epoch))
 
     def window_start(self, epoch: int, window: int) -> int:
         """The first position of a window; that of the window after the last is `num_samples`."""

@@ -26,6 +26,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from datastore.errors import DoNotRetry
 from datastore.objects import ObjectFolder, http_status
+from datastore.pieces import Pieces
 
 _SIGNED_SECONDS: Final = 3600
 _RENEW_SECONDS: Final = 600  # before a signature ends
@@ -39,6 +40,8 @@ _REGION_STATUS: Final = (301, 302, 307, 400)  # what S3 says of one that was mad
 _FINAL_ERRORS: Final = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _LEAST_BYTES: Final = 2**18  # that come within a time-out, or the answer's rest: else a trickle would never time out
 _PIECE_BYTES: Final = 2**14  # from here on a read is of an answer's content, whose length is known
+_HEAD_BYTES: Final = 2**13  # of an answer that are looked at together
+_MOST_PIECES: Final = 1024  # of memory that the system fills in one call
 _WHOLE_READ_TIMEOUTS: Final = 15  # a read through fsspec shows no single bytes: so many times as long as without one
 
 T = TypeVar("T")
@@ -127,7 +130,7 @@ class Ranges(Protocol):
 
     is_local: bool
 
-    def read(self, name: str, start: int, call: Call, target: memoryview) -> tuple[int, float]:
+    def read(self, name: str, start: int, call: Call, target: Pieces) -> tuple[int, float]:
         """How many bytes from `start` on were put into the target, and the seconds to the first of them. Refused.
 
         Fewer than it has room for where the object is shorter and the storage does not say so.
@@ -151,6 +154,30 @@ def open_ranges(folder: ObjectFolder, timeout_seconds: float) -> Ranges:
     return _FolderRanges(folder, timeout_seconds)
 
 
+def _filled(target: Pieces, read: Callable[[list[memoryview], int], int]) -> int:
+    """How many bytes were put into the target by `read`, which is given pieces and the place of their first byte."""
+    filled = 0
+    while filled < target.num_bytes and (
+        count := read(list(target.part(filled, target.num_bytes))[:_MOST_PIECES], filled)
+    ):
+        filled += count
+    return filled
+
+
+def _filled_in_turn(target: Pieces, read: Callable[[memoryview], int]) -> int:
+    """The same by a `read` that knows one piece of memory at a time."""
+    filled = 0
+    for piece in target:
+        at = 0
+        while at < len(piece):
+            count = read(piece[at:])
+            if not count:
+                return filled
+            at += count
+            filled += count
+    return filled
+
+
 class _LocalRanges:
     """Files on a disk."""
 
@@ -159,14 +186,11 @@ class _LocalRanges:
     def __init__(self, folder: ObjectFolder) -> None:
         self._folder = folder.local_path
 
-    def read(self, name: str, start: int, call: Call, target: memoryview) -> tuple[int, float]:
+    def read(self, name: str, start: int, call: Call, target: Pieces) -> tuple[int, float]:
         try:
             descriptor = os.open(self._folder / name, os.O_RDONLY)
             try:
-                filled = 0
-                while filled < len(target) and (count := os.preadv(descriptor, [target[filled:]], start + filled)):
-                    filled += count
-                return filled, 0.0
+                return _filled(target, lambda rest, at: os.preadv(descriptor, rest, start + at)), 0.0
             finally:
                 os.close(descriptor)
         except FileNotFoundError:
@@ -187,11 +211,11 @@ class _FolderRanges:
         self._folder = folder
         self._seconds = _WHOLE_READ_TIMEOUTS * timeout_seconds
 
-    def read(self, name: str, start: int, call: Call, target: memoryview) -> tuple[int, float]:
+    def read(self, name: str, start: int, call: Call, target: Pieces) -> tuple[int, float]:
         began = time.monotonic()
         with _refusing():
-            content = call.apart(lambda: self._folder.read_range(name, start, start + len(target)), self._seconds)
-        target[: len(content)] = content[: len(target)]
+            content = call.apart(lambda: self._folder.read_range(name, start, start + target.num_bytes), self._seconds)
+        target.fill(content)
         return len(content), time.monotonic() - began
 
     def close(self) -> None:
@@ -239,8 +263,8 @@ class _SignedRanges:
         self._idle: list[_Connection] = []  # used last is last, and the next: the others may end
         self._lock = threading.Lock()
 
-    def read(self, name: str, start: int, call: Call, target: memoryview) -> tuple[int, float]:
-        end = start + len(target)
+    def read(self, name: str, start: int, call: Call, target: Pieces) -> tuple[int, float]:
+        end = start + target.num_bytes
         signed = self._signed_url(name, call)
         began = time.monotonic()
         connection = self._connection(signed.url)
@@ -250,11 +274,9 @@ class _SignedRanges:
                 first_byte_seconds = time.monotonic() - began
                 self._refuse_status(response, name, signed)
                 _refuse_another_range(response, start, end)
-                filled = 0
-                while filled < len(target) and (count := response.readinto(target[filled:])):
-                    filled += count
-                if filled < len(target):
-                    raise Refused(f"the answer broke off after {filled:,} of {len(target):,} bytes", may_pass=True)
+                filled = response.fill(target)
+                if filled < target.num_bytes:
+                    raise Refused(f"the answer broke off after {filled:,} of {target.num_bytes:,} bytes", may_pass=True)
                 if not response.isclosed():
                     connection.close()  # more follows: all of the object, or the end of its last chunk
         except ssl.SSLCertVerificationError as error:
@@ -336,31 +358,61 @@ class _Incoming(io.RawIOBase):
 
     def __init__(self, sock: socket.socket, timeout_seconds: float) -> None:
         self._sock, self._timeout_seconds = sock, timeout_seconds
-        self._is_encrypted = isinstance(sock, ssl.SSLSocket)
+        self.is_encrypted = isinstance(sock, ssl.SSLSocket)
         self._began, self._num_bytes = time.monotonic(), 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, target: Any) -> int:
+        return self.fill([memoryview(target)])
+
+    def fill(self, pieces: list[memoryview]) -> int:
+        """How many bytes came; as many as there is room for, where that is much and nothing goes wrong."""
         if self._num_bytes >= _LEAST_BYTES:
             self._began, self._num_bytes = time.monotonic(), 0
         left_seconds = self._began + self._timeout_seconds - time.monotonic()
         if left_seconds <= 0:
-            raise TimeoutError(f"{self._num_bytes:,} bytes came within {self._timeout_seconds:g} s")
-        if self._is_encrypted:
+            raise self._too_little()
+        if self.is_encrypted:
             self._sock.settimeout(left_seconds)
-            count = self._sock.recv_into(target)
+            count = self._sock.recv_into(pieces[0])
         else:
             # the system waits, until all is there: a thread that wakes for each piece fights the others for Python
             _limit_waits(self._sock, socket.SO_RCVTIMEO, left_seconds)
-            flags = socket.MSG_WAITALL if len(target) > _PIECE_BYTES else 0
+            flags = socket.MSG_WAITALL if len(pieces) > 1 or len(pieces[0]) > _PIECE_BYTES else 0
             try:
-                count = self._sock.recv_into(target, 0, flags)
+                count = self._sock.recvmsg_into(pieces, 0, flags)[0]
             except BlockingIOError:
-                raise TimeoutError(f"nothing came within {left_seconds:g} s") from None
+                raise self._too_little() from None
         self._num_bytes += count
         return count
+
+    def _too_little(self) -> TimeoutError:
+        return TimeoutError(f"{self._num_bytes:,} bytes came within {self._timeout_seconds:g} s")
+
+
+class _Response(http.client.HTTPResponse):
+    """An answer; its content goes from the socket to where it belongs, without a copy between."""
+
+    def __init__(self, sock: socket.socket, timeout_seconds: float, **options: Any) -> None:
+        super().__init__(sock, **options)
+        self.fp.close()
+        self._incoming = _Incoming(sock, timeout_seconds)
+        self.fp = io.BufferedReader(self._incoming, _HEAD_BYTES)
+
+    def fill(self, target: Pieces) -> int:
+        """How many bytes of the content were put into the target."""
+        if self.chunked or self.length is None or self._incoming.is_encrypted:
+            return _filled_in_turn(target, self.readinto)
+        early = self.read1(_HEAD_BYTES)  # what came with the head
+        target.fill(early)
+        following = target.part(len(early), min(target.num_bytes, len(early) + self.length))
+        came = _filled(following, lambda pieces, _: self._incoming.fill(pieces))
+        self.length -= came
+        if not self.length:
+            self.close()  # the connection stays
+        return min(len(early), target.num_bytes) + came
 
 
 class _Connection(http.client.HTTPConnection):
@@ -372,19 +424,18 @@ class _Connection(http.client.HTTPConnection):
         self._timeout_seconds = timeout_seconds
         self._call = Call()
 
-    def ask(self, target: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+    def ask(self, target: str, headers: dict[str, str]) -> _Response:
         """The head of the answer to a GET."""
         if isinstance(self.sock, ssl.SSLSocket):
             self.sock.settimeout(self._timeout_seconds)  # which the answer before has used up
         self.request("GET", target, headers=headers)
-        return self.getresponse()
-
-    def response_class(self, sock: socket.socket, **options: Any) -> http.client.HTTPResponse:  # type: ignore[override]
-        """What http.client makes of the socket, reading by way of `_Incoming`."""
-        response = http.client.HTTPResponse(sock, **options)
-        response.fp.close()
-        response.fp = io.BufferedReader(_Incoming(sock, self._timeout_seconds))
+        response = self.getresponse()
+        assert isinstance(response, _Response)
         return response
+
+    def response_class(self, sock: socket.socket, **options: Any) -> "_Response":  # type: ignore[override]
+        """What reads the answer."""
+        return _Response(sock, self._timeout_seconds, **options)
 
     @contextmanager
     def reading_for(self, call: Call) -> Iterator[None]:
@@ -442,7 +493,7 @@ def _limit_waits(sock: socket.socket, direction: int, seconds: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, direction, timeval)
 
 
-def _response(connection: _Connection, url: SplitResult, start: int, end: int, call: Call) -> http.client.HTTPResponse:
+def _response(connection: _Connection, url: SplitResult, start: int, end: int, call: Call) -> _Response:
     """The server's answer, as far as its head."""
     target = f"{url.path}?{url.query}" if url.query else url.path
     headers = {"Host": url.netloc, "Range": f"bytes={start}-{end - 1}"}

@@ -10,21 +10,20 @@ plain zarr; a test holds the two against each other.
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
-import torch
 from crc32c import crc32c
 from jaxtyping import Int64, Shaped
 from numcodecs import blosc, zstd
 
-from datastore.buffers import rounded
 from datastore.errors import StoreError, Unavailable
 from datastore.fetch import Budget, Fetcher, FetchFailed
 from datastore.layout import Store, StoredField
+from datastore.pieces import Pieces
 from datastore.schema import Codec
 
 _INDEX_ENTRY: Final = np.dtype([("offset", "<u8"), ("length", "<u8")])
@@ -32,48 +31,13 @@ _CHECKSUM_BYTES: Final = 4
 _KEPT_BYTES: Final = 16 * 2**20
 """Of indices, and of chunks so small that a thousand rows share one: they are asked for again and again."""
 _SMALL_CHUNK_BYTES: Final = 2**16
-_LARGE_ROW_BYTES: Final = 2**15
-"""Rows from here on are copied one by one from where they came, in one call for all; smaller ones cost less by the stretch."""
+_NEVER: Final = 0
+"""When a checksum lets other threads have Python. A row takes some microseconds; to get Python back can take milliseconds."""
 
 _DECOMPRESS: Final[dict[Codec, Callable[[memoryview, np.ndarray], object]]] = {
     "lz4": blosc.decompress,
     "zstd": zstd.decompress,
 }
-
-
-class LoadedRows:
-    """Neighbouring rows of a field in memory: in one array, or in the chunks as they came, where nothing was to be decoded."""
-
-    def __init__(self, pieces: list[np.ndarray]) -> None:
-        self._pieces = pieces
-        self._piece_rows = len(pieces[0])  # of all but the last
-        self.are_large = self._pieces[0][0].nbytes >= _LARGE_ROW_BYTES
-
-    def take(
-        self, rows: Int64[np.ndarray, " m"], target: np.ndarray, views: Int64[np.ndarray, "m k"] | None = None
-    ) -> None:
-        """Copies rows that are not large, counted from the first, to `target`. `views`: only these of each row's first axis."""
-        (piece,) = self._pieces
-        if views is None:  # with another mode numpy would copy twice
-            piece.take(rows, axis=0, out=target, mode="clip")
-        else:
-            target[...] = piece[rows[:, None], views]
-
-    def found(
-        self, rows: Int64[np.ndarray, " m"], views: Int64[np.ndarray, "m k"] | None = None
-    ) -> Iterator[torch.Tensor]:
-        """Rows where they lie, counted from the first, or some views of each. Whoever copies many at once lets go of Python once."""
-        for number, row in enumerate(rows.tolist()):
-            piece, place = divmod(row, self._piece_rows)
-            content = self._tensors[piece][place]
-            if views is None:
-                yield content
-            else:
-                yield from (content[view] for view in views[number].tolist())
-
-    @cached_property
-    def _tensors(self) -> list[torch.Tensor]:
-        return [torch.from_numpy(piece) for piece in self._pieces]
 
 
 class ShardReader:
@@ -137,35 +101,20 @@ class ShardReader:
             self._read_shard(shard, rows[start:end] - shard * self.stored.shard_rows, result[start:end])
         return result
 
-    def load(self, rows: Int64[np.ndarray, " r"]) -> LoadedRows:
-        """As `read`, without a copy where rows lie in the store as they do in memory."""
-        if not self.loads_in_place(rows):
-            return LoadedRows([self.read(rows)])
-        pieces: list[np.ndarray] = []
-        for shard, start, end in self._by_shard(rows):
-            chunks = np.unique((rows[start:end] - shard * self.stored.shard_rows) // self.stored.chunk_rows)
-            for encoded in self._encoded(shard, chunks.tolist()).values():
-                pieces.append(np.frombuffer(encoded, self._dtype).reshape(-1, *self._kept))
-        return LoadedRows(pieces)
-
-    def loaded_bytes(self, rows: Int64[np.ndarray, " r"]) -> int:
-        """Memory that rows take which were loaded."""
-        num_bytes = len(rows) * self.row_bytes
-        if self.loads_in_place(rows):
-            num_bytes += len(rows) // self.stored.chunk_rows * _CHECKSUM_BYTES
-        return rounded(num_bytes)
-
-    def loads_in_place(self, rows: Int64[np.ndarray, " r"]) -> bool:
-        """Whether `load` takes no memory beside that of the rows."""
-        chunk_rows = self.stored.chunk_rows
+    def reads_into_places(self, rows: Int64[np.ndarray, " r"]) -> bool:
+        """Whether these rows can be read straight to where they belong: neighbours that lie in the store as in memory."""
         return (
             self.stored.field.codec == "none"
             and self.takes_whole_rows
-            and self.row_bytes >= _LARGE_ROW_BYTES
-            and not rows[0] % chunk_rows
-            and not len(rows) % chunk_rows
+            and self.chunk_rows > 1
             and int(rows[-1] - rows[0]) + 1 == len(rows)
         )
+
+    def read_into(self, rows: Int64[np.ndarray, " r"], places: Sequence[memoryview | None]) -> None:
+        """As `read`, each row into memory of its own; None: it is not needed."""
+        assert self.reads_into_places(rows)
+        for shard, start, end in self._by_shard(rows):
+            self._read_into(shard, int(rows[start]) - shard * self.stored.shard_rows, places[start:end])
 
     def _by_shard(self, rows: Int64[np.ndarray, " r"]) -> Iterator[tuple[int, int, int]]:
         """Each shard that holds some of the rows, with the first of them and the one after its last."""
@@ -187,16 +136,65 @@ class ShardReader:
             places = rows[start:end] - chunk * chunk_rows
             result[start:end] = (decoded if self.takes_whole_rows else decoded[:, : self._kept[0]])[places]
 
+    def _read_into(self, shard: int, first_row: int, places: Sequence[memoryview | None]) -> None:
+        """Neighbouring rows of one shard. Chunks that they share with others come whole, as their checksums need all of it."""
+        chunk_rows, name = self.stored.chunk_rows, self.stored.shard_name(shard)
+        first, last = first_row // chunk_rows, (first_row + len(places) - 1) // chunk_rows
+        num_chunks = last + 1 - first
+        before = first_row - first * chunk_rows
+        every = [*[None] * before, *places, *[None] * (num_chunks * chunk_rows - before - len(places))]
+        rows = self._with_spare_memory(every)
+        sums = memoryview(bytearray(_CHECKSUM_BYTES * num_chunks))
+        pieces: list[memoryview] = []
+        for chunk in range(num_chunks):
+            pieces += rows[chunk * chunk_rows : (chunk + 1) * chunk_rows]
+            pieces.append(sums[_CHECKSUM_BYTES * chunk : _CHECKSUM_BYTES * (chunk + 1)])
+
+        def problem() -> str | None:
+            for chunk, expected in enumerate(np.frombuffer(sums, "<u4").tolist()):
+                found = 0
+                for row in rows[chunk * chunk_rows : (chunk + 1) * chunk_rows]:
+                    found = crc32c(row, found, _NEVER)
+                if found != expected:
+                    return _say_checksums(found, expected)
+            return None
+
+        with self._naming(shard, name):
+            budget = self._fetcher.budget()
+            bounds = self._bounds(shard, self._index(shard, name, budget), first, last)
+            if any(end - start != chunk_rows * self.row_bytes + _CHECKSUM_BYTES for start, end in bounds):
+                raise _displaced(first, last)
+            self._fetcher.fill(Pieces(pieces), name, bounds[0][0], problem, self._version(shard), budget)
+
+    def _with_spare_memory(self, places: Sequence[memoryview | None]) -> list[memoryview]:
+        """Places for rows, those that nobody needs too."""
+        spare = self._fetcher.buffers.empty((places.count(None) * self.row_bytes,), np.uint8).data
+        starts = iter(range(0, len(spare), self.row_bytes))
+        found = []
+        for place in places:
+            if place is None:
+                start = next(starts)
+                place = spare[start : start + self.row_bytes]
+            found.append(place)
+        return found
+
     def _encoded(self, shard: int, chunks: list[int]) -> dict[int, memoryview]:
         """Chunks of a shard, ascending, as they lie there, each checked."""
-        stored, name = self.stored, self.stored.shard_name(shard)
-        try:
+        name = self.stored.shard_name(shard)
+        with self._naming(shard, name):
             budget = self._fetcher.budget()  # for trouble with the index and the chunks together
             index = self._index(shard, name, budget)
             encoded: dict[int, memoryview] = {}
             for first, last in _stretches(chunks):
                 encoded |= self._chunks(shard, name, index, first, last, budget)
-            return encoded
+        return encoded
+
+    @contextmanager
+    def _naming(self, shard: int, name: str) -> Iterator[None]:
+        """Says of what cannot be fetched where it lies, and what to do."""
+        stored = self.stored
+        try:
+            yield
         except FetchFailed as error:
             first = shard * stored.shard_rows
             last = min(first + stored.shard_rows, stored.num_rows) - 1
@@ -221,25 +219,29 @@ class ShardReader:
             self._indices.put(shard, found)
         return np.frombuffer(found, _INDEX_ENTRY, len(found) // _INDEX_ENTRY.itemsize)
 
+    def _bounds(self, shard: int, index: np.ndarray, first: int, last: int) -> list[tuple[int, int]]:
+        """Start and end of each of some neighbouring chunks in their shard."""
+        offsets, lengths = index["offset"][first : last + 1], index["length"][first : last + 1]
+        ends = offsets + lengths
+        if (ends[-1:] > self._sums.sizes[shard]).any() or (offsets[1:] != ends[:-1]).any():
+            raise _displaced(first, last)
+        return list(zip(offsets.tolist(), ends.tolist(), strict=True))
+
     def _chunks(
         self, shard: int, name: str, index: np.ndarray, first: int, last: int, budget: Budget
     ) -> dict[int, memoryview]:
         """Neighbouring chunks as they are encoded, each checked."""
         key = (shard, first, last)
         content = self._small_chunks.get(key)
-        offsets, lengths = index["offset"][first : last + 1], index["length"][first : last + 1]
-        ends = offsets + lengths
-        if (ends[-1:] > self._sums.sizes[shard]).any() or (offsets[1:] != ends[:-1]).any():
-            displaced = f"its index has no chunks {first} to {last} in their places, which its manifest promises"
-            raise FetchFailed(displaced, may_pass=False)
-        start = int(offsets[0])
-        bounds = [(int(offset) - start, int(end) - start) for offset, end in zip(offsets, ends, strict=True)]
+        in_shard = self._bounds(shard, index, first, last)
+        start = in_shard[0][0]
+        bounds = [(begin - start, end - start) for begin, end in in_shard]
         if content is None:
 
             def problem(found: memoryview) -> str | None:
                 return next(filter(None, (_checksum_problem(found[begin:end]) for begin, end in bounds)), None)
 
-            content = self._fetcher.fetch(name, start, int(ends[-1]), problem, self._version(shard), budget)
+            content = self._fetcher.fetch(name, start, start + bounds[-1][1], problem, self._version(shard), budget)
             if len(content) <= _SMALL_CHUNK_BYTES:
                 self._small_chunks.put(key, content)
         return {
@@ -291,7 +293,17 @@ def _checksum_problem(content: memoryview) -> str | None:
     """What is wrong with bytes that end in their own crc32c."""
     expected = int.from_bytes(content[-_CHECKSUM_BYTES:], "little")
     found = crc32c(content[:-_CHECKSUM_BYTES])
-    return None if found == expected else f"its bytes have checksum {found:08x} and say {expected:08x}"
+    return None if found == expected else _say_checksums(found, expected)
+
+
+def _say_checksums(found: int, expected: int) -> str:
+    return f"its bytes have checksum {found:08x} and say {expected:08x}"
+
+
+def _displaced(first: int, last: int) -> FetchFailed:
+    return FetchFailed(
+        f"its index has no chunks {first} to {last} in their places, which its manifest promises", may_pass=False
+    )
 
 
 def _runs(values: Int64[np.ndarray, " r"]) -> list[tuple[int, int]]:

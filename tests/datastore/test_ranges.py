@@ -14,6 +14,7 @@ import pytest
 from datastore.errors import StoreError, ViewpointError
 from datastore.fetch import FetchConfig, Fetcher, FetchFailed
 from datastore.objects import ObjectFolder
+from datastore.pieces import Pieces
 from datastore.ranges import Call, Refused, open_ranges
 from tests.range_server import (
     CONTENT,
@@ -396,14 +397,14 @@ def test_a_read_that_is_ended_in_the_middle_takes_no_ciphertext_for_content(
 
     monkeypatch.setattr("datastore.ranges._refuse_another_range", end_after_the_head)
     try:
-        ranges.read("shard", 0, call, memoryview(content))
+        ranges.read("shard", 0, call, Pieces([memoryview(content)]))
     except Refused:
         pass
     else:
         assert content == CONTENT
     monkeypatch.undo()
     content = bytearray(whole)
-    ranges.read("shard", 0, Call(), memoryview(content))
+    ranges.read("shard", 0, Call(), Pieces([memoryview(content)]))
     assert content == CONTENT
     assert len(secure.connections) == 2, "the one that was ended is not used again"
     ranges.close()

@@ -65,6 +65,39 @@ def test_any_rows_and_any_first_points_can_be_asked_for(
     assert reader.row_bytes * len(rows) == reader.read(rows).nbytes
 
 
+@given(first=st.integers(0, NUM_ROWS - 1), count=st.integers(1, NUM_ROWS), needless=st.sets(st.integers(0, NUM_ROWS)))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_neighbouring_rows_go_straight_to_their_places(
+    store: Store, first: int, count: int, needless: set[int]
+) -> None:
+    rows = np.arange(first, min(first + count, NUM_ROWS))
+    with patch("datastore.shards._SMALL_CHUNK_BYTES", 0):  # these are
+        for field in ("points", FEATURES):
+            reader = ShardReader(store, store.field(field), Fetcher(store.folder))
+            assert reader.reads_into_places(rows)
+            found = np.zeros((len(rows), *reader.row_shape), reader.stored.stored_dtype)
+            places = [row.reshape(-1).view(np.uint8).data for row in found[::-1]]  # anywhere
+            reader.read_into(rows, [None if place in needless else at for place, at in enumerate(places)])
+            expected = store.read(field, rows)
+            for place in range(len(rows)):
+                wanted = 0 if place in needless else expected[place]
+                assert np.array_equal(found[len(rows) - 1 - place], np.broadcast_to(wanted, reader.row_shape))
+        assert not reader.reads_into_places(np.array([0, 2]))
+        assert not ShardReader(store, store.field("views"), Fetcher(store.folder)).reads_into_places(rows)
+        few = ShardReader(store, store.field("points"), Fetcher(store.folder), num_points=2)
+        assert not few.reads_into_places(rows)
+
+
+def test_rows_that_come_damaged_on_their_way_to_their_places_are_named(tmp_path: Path) -> None:
+    store = points_store(tmp_path / "store")
+    _flip_a_byte(tmp_path / "store" / "points" / "c" / "2" / "0" / "0")
+    with patch("datastore.shards._SMALL_CHUNK_BYTES", 0):
+        reader = ShardReader(store, store.field("points"), Fetcher(store.folder))
+        found = np.zeros((32, *reader.row_shape), np.float32)
+        with pytest.raises(StoreError, match=r"points/c/2/0/0 \(rows 64 to 95 .*its bytes have checksum.*inspect"):
+            reader.read_into(np.arange(64, 96), [row.reshape(-1).view(np.uint8).data for row in found])
+
+
 def test_neighbouring_rows_are_one_request_and_an_index_is_asked_for_once(store: Store) -> None:
     fetcher = Fetcher(store.folder)
     reader = ShardReader(store, store.field("points"), fetcher)
