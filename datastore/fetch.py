@@ -14,11 +14,12 @@ import random
 import statistics
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -39,6 +40,8 @@ _NEAR_SECONDS: Final = 0.005  # to the first byte: a server on this machine or b
 _REMEMBERED: Final = 64
 _KEEP_BYTES: Final = 256 * 2**20
 _CLOSED_POLL_SECONDS: Final = 0.2
+_POLL_SECONDS: Final = 0.05  # how soon a slow request is noticed
+_IDLE_SECONDS: Final = 1.0  # and that nobody asks any more
 _TOGETHER: Final = 3  # requests for the same bytes: where one in ten is slow, one in a thousand is waited for
 _JITTER: Final = random.SystemRandom()  # not the run's own, whose seed is the same in all processes
 
@@ -89,9 +92,13 @@ class Fetcher:
         self._counting = threading.Lock()
         self._closed = threading.Event()
         self._tempo = _Tempo(self._config)
-        # of first requests, and of those that are sent beside slow ones
-        self._pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None
         self._under_way: set[_Request] = set()
+        self._changed = threading.Condition(self._counting)  # what is under way, or whether this is closed
+        # Threads, from the first need of each: for parts that are read beside each other, for second requests (which must
+        # not wait in line behind first ones, whose turn may depend on them), and to see which requests are slow.
+        self._parts_pool: ThreadPoolExecutor | None = None
+        self._hedges_pool: ThreadPoolExecutor | None = None
+        self._watch: threading.Thread | None = None
 
     @property
     def is_local(self) -> bool:
@@ -153,8 +160,7 @@ class Fetcher:
             if self.is_local:
                 self._ranges.read(name, 0, Call(), Pieces([memoryview(bytearray(1))]))
             else:
-                one_byte = Pieces([memoryview(bytearray(1))])
-                self._first_answer(self._ask(name, 0, one_byte), _Deadline(self.budget()))
+                self._answer(_Request(name, 0, Pieces([memoryview(bytearray(1))]), _Deadline(self.budget())))
         except Missing:
             return False
         except Refused as error:
@@ -163,14 +169,18 @@ class Fetcher:
 
     def close(self) -> None:
         """Gives up what is under way; whoever waits for it gets a FetchFailed."""
-        with self._counting:
+        with self._changed:
             self._closed.set()
-        while under_way := self._requests_under_way():
-            for request in under_way:
-                request.call.end()
-            wait([request.answer for request in under_way], _CLOSED_POLL_SECONDS)
-        for pool in self._pools or ():
-            pool.shutdown(wait=True)
+            self._changed.notify_all()
+            while self._under_way:
+                for request in self._under_way:
+                    request.call.end()
+                self._changed.wait(_POLL_SECONDS)
+        for pool in (self._parts_pool, self._hedges_pool):
+            if pool is not None:
+                pool.shutdown(wait=True)  # what waits in line is refused at once
+        if self._watch is not None:
+            self._watch.join()
         self._ranges.close()
 
     def _fetch(
@@ -212,13 +222,27 @@ class Fetcher:
             for part in parts:
                 part.num_bytes = self._read(name, part, deadline)
             return
-        requests = [self._ask(name, part.start, part.target) for part in parts]
+        first, *others = parts
+        if not others:
+            self._read_part(name, first, deadline)
+            return
+        with self._changed:
+            self._refuse_if_closed()
+            if self._parts_pool is None:
+                most = max(self._config.requests_near, self._config.requests_far)
+                self._parts_pool = ThreadPoolExecutor(most, thread_name_prefix="stream-parts")
+            reads = [self._parts_pool.submit(self._read_part, name, part, deadline) for part in others]
         try:
-            for part, request in zip(parts, requests, strict=True):
-                part.num_bytes = self._part(request, deadline)
+            self._read_part(name, first, deadline)
+            for read in reads:
+                read.result()
         except BaseException:
-            for request in requests:
-                request.call.end()
+            deadline.give_up()
+            with self._changed:
+                for request in self._under_way:
+                    if request.deadline is deadline:
+                        request.call.end()
+            wait(reads)  # nobody writes to the target any more
             raise
 
     def _read(self, name: str, part: "_Part", deadline: "_Deadline") -> int:
@@ -234,105 +258,124 @@ class Fetcher:
                 self.bytes_fetched += num_bytes
             return num_bytes
 
-    def _part(self, request: "_Request", deadline: "_Deadline") -> int:
-        """The answer to a request that is under way, or to one of those that are sent after it."""
+    def _read_part(self, name: str, part: "_Part", deadline: "_Deadline") -> None:
+        """Fills a part that comes from a server."""
         trouble = _Trouble(deadline)
         while True:
             try:
-                return self._first_answer(request, deadline)
+                part.num_bytes = self._answer(_Request(name, part.start, part.target, deadline))
+                return
             except Refused as error:
-                if self._closed.is_set():  # which ended it
-                    raise _closed() from error
+                with self._changed:
+                    self._refuse_if_closed()  # which ended it
+                deadline.refuse_if_given_up()
                 self._pause(trouble.was_refused(error))
-            request = self._ask(request.name, request.start, request.target)
 
-    def _first_answer(self, first: "_Request", deadline: "_Deadline") -> int:
-        """The answer to a request, or to a second or third one that is sent where those before take too long.
+    def _answer(self, request: "_Request") -> int:
+        """How many bytes came, by this request or by a second or third one that is sent where it takes too long.
 
-        Either way, the first one's target has the bytes, and nobody writes to it any more.
+        Either way the request's target has the bytes, and nobody writes to it any more.
         """
-        requests = [first]
         try:
-            if not first.has_begun.wait(deadline.seconds_left):
-                raise deadline.is_over()
-            next_at = first.began + self._tempo.patience_seconds
-            while True:
-                waiting = [request.answer for request in requests if not request.answer.done()]
-                right = [request for request in requests if request.answer.done() and not request.answer.exception()]
-                if right or not waiting:
-                    break
-                times = [deadline.seconds_left]
-                if len(requests) < _TOGETHER:
-                    times.append(max(0.0, next_at - time.monotonic()))
-                if wait(waiting, min((at for at in times if at is not None), default=None), FIRST_COMPLETED).done:
-                    continue
-                if deadline.seconds_left == 0:
-                    raise deadline.is_over()
-                if len(requests) < _TOGETHER:
-                    with self._counting:
-                        self.hedges += 1
-                    own = Pieces([self.buffers.empty((first.target.num_bytes,), np.uint8).data])
-                    requests.append(self._ask(first.name, first.start, own, in_place_of_another=True))
-                    next_at = time.monotonic() + self._tempo.patience_seconds
-        finally:
-            for request in requests:
-                request.call.end()  # those that still wait: a server that hangs would keep them
-        chosen = (right or requests)[0]
-        num_bytes = chosen.answer.result()
-        if chosen is not first:
-            while not first.answer.done():
-                first.call.end()
-                wait([first.answer], _CLOSED_POLL_SECONDS)
-            first.target.fill(chosen.target.joined())
+            with self._tempo.turn(self._closed, request.deadline):
+                num_bytes = self._timed_read(request)
+        except Refused as refusal:
+            return self._answer_of_another(request, refusal)
+        for other in request.others:
+            other.request.call.end()
         return num_bytes
 
-    def _ask(self, name: str, start: int, target: Pieces, *, in_place_of_another: bool = False) -> "_Request":
-        with self._counting:
-            if self._closed.is_set():
-                raise _closed()
-            if self._pools is None:
-                # a second request must not wait in line behind first ones, whose turn may depend on it
-                most = max(self._config.requests_near, self._config.requests_far)
-                self._pools = (
-                    ThreadPoolExecutor(most, thread_name_prefix="stream-requests"),
-                    ThreadPoolExecutor(most, thread_name_prefix="stream-second-requests"),
-                )
-            self.requests += 1
-            request = _Request(name, start, target)
-            self._under_way.add(request)
-            request.answer = self._pools[in_place_of_another].submit(self._answer, request, in_place_of_another)
-        return request
-
-    def _answer(self, request: "_Request", in_place_of_another: bool) -> int:
-        try:
-            if in_place_of_another:
-                return self._timed_read(request)
-            with self._tempo.turn(self._closed):
-                return self._timed_read(request)
-        finally:
-            with self._counting:
-                self._under_way.discard(request)
+    def _answer_of_another(self, request: "_Request", refusal: Refused) -> int:
+        """The answer to a request that was sent beside this one, which is over: it failed, or it was ended for the other."""
+        while True:
+            coming = [other.answer for other in request.others if not other.answer.done()]
+            right = [other for other in request.others if other.answer.done() and not other.answer.exception()]
+            if right:
+                break
+            if not coming:
+                if request.is_late:
+                    raise request.deadline.is_over() from refusal
+                raise refusal
+            if not wait(coming, request.deadline.seconds_left, FIRST_COMPLETED).done:
+                for other in request.others:
+                    other.request.call.end()
+                raise request.deadline.is_over() from refusal
+        for other in request.others:
+            other.request.call.end()  # those that still wait: a server that hangs would keep them
+        request.target.fill(right[0].request.target.joined())
+        return right[0].answer.result()
 
     def _timed_read(self, request: "_Request") -> int:
-        request.began = time.monotonic()
-        request.has_begun.set()
-        if self._closed.is_set():
-            raise _closed()
-        num_bytes, first_byte_seconds = self._ranges.read(request.name, request.start, request.call, request.target)
+        with self._changed:
+            self._refuse_if_closed()
+            self.requests += 1
+            request.began = time.monotonic()
+            request.next_at = request.began + self._tempo.patience_seconds
+            if not self._under_way:
+                self._changed.notify_all()  # the watch
+            self._under_way.add(request)
+            if self._watch is None:
+                watched = weakref.ref(self), self._changed, self._closed
+                self._watch = threading.Thread(target=_watch, args=watched, name="stream-watch", daemon=True)
+                self._watch.start()
+        try:
+            num_bytes, first_byte_seconds = self._ranges.read(request.name, request.start, request.call, request.target)
+        finally:
+            with self._changed:
+                self._under_way.discard(request)
+                if self._closed.is_set():
+                    self._changed.notify_all()
         self._tempo.took(first_byte_seconds, time.monotonic() - request.began)
         with self._counting:
             self.bytes_fetched += num_bytes
         return num_bytes
 
-    def _requests_under_way(self) -> "list[_Request]":
-        with self._counting:
-            return list(self._under_way)
+    def _look_after_slow_ones(self) -> float:
+        """Sends second requests beside slow ones, and ends those whose time is over; when to look again, in seconds."""
+        for request in self._under_way:
+            if request.deadline.seconds_left == 0:
+                request.is_late = True
+                request.call.end()
+            elif request.may_be_hedged and time.monotonic() >= request.next_at:
+                self._hedge(request)
+        return _POLL_SECONDS if self._under_way else _IDLE_SECONDS
+
+    def _hedge(self, slow: "_Request") -> None:
+        if self._hedges_pool is None:
+            most = _TOGETHER * max(self._config.requests_near, self._config.requests_far)
+            self._hedges_pool = ThreadPoolExecutor(most, thread_name_prefix="stream-second-requests")
+        self.hedges += 1
+        own = Pieces([self.buffers.empty((slow.target.num_bytes,), np.uint8).data])
+        second = _Request(slow.name, slow.start, own, slow.deadline, is_second=True)
+        slow.next_at = time.monotonic() + self._tempo.patience_seconds
+        slow.others.append(_Other(second, self._hedges_pool.submit(self._second_answer, second, slow)))
+
+    def _second_answer(self, second: "_Request", slow: "_Request") -> int:
+        num_bytes = self._timed_read(second)
+        slow.call.end()
+        return num_bytes
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed.is_set():
+            raise _closed()
 
     def _pause(self, seconds: float) -> None:
         with self._counting:
             self.retries += 1
         if self._closed.wait(seconds):
             raise _closed()
+
+
+def _watch(watched: "weakref.ref[Fetcher]", changed: threading.Condition, closed: threading.Event) -> None:
+    """Until a fetcher is closed, or forgotten: looks after its requests."""
+    with changed:
+        while not closed.is_set():
+            fetcher = watched()
+            if fetcher is None:
+                return
+            seconds = fetcher._look_after_slow_ones()
+            del fetcher  # its last reference may go while nobody looks
+            changed.wait(seconds)
 
 
 class _Part:
@@ -361,13 +404,27 @@ class _Part:
 class _Request:
     """One request for a part of an object."""
 
-    answer: "Future[int]"
-
-    def __init__(self, name: str, start: int, target: Pieces) -> None:
-        self.name, self.start, self.target = name, start, target
+    def __init__(
+        self, name: str, start: int, target: Pieces, deadline: "_Deadline", *, is_second: bool = False
+    ) -> None:
+        self.name, self.start, self.target, self.deadline = name, start, target, deadline
         self.call = Call()
+        self.is_late = False  # it was ended because the time for it is over
         self.began = 0.0
-        self.has_begun = threading.Event()  # it had to wait for its turn
+        self.next_at = 0.0  # when another one is sent
+        self.others: list[_Other] = []
+        self._is_second = is_second
+
+    @property
+    def may_be_hedged(self) -> bool:
+        return not self._is_second and len(self.others) + 1 < _TOGETHER
+
+
+class _Other(NamedTuple):
+    """A request that was sent beside a slow one."""
+
+    request: _Request
+    answer: "Future[int]"
 
 
 class _Tempo:
@@ -381,10 +438,12 @@ class _Tempo:
         self._durations: deque[float] = deque(maxlen=_REMEMBERED)
 
     @contextmanager
-    def turn(self, closed: threading.Event) -> Iterator[None]:
+    def turn(self, closed: threading.Event, deadline: "_Deadline") -> Iterator[None]:
         """Waits for a turn, and has it within the block."""
         with self._changed:
             while self._under_way >= self._limit() and not closed.is_set():
+                if deadline.seconds_left == 0:
+                    raise deadline.is_over()
                 self._changed.wait(_CLOSED_POLL_SECONDS)
             self._under_way += 1
         try:
@@ -442,6 +501,16 @@ class _Deadline:
         self._budget = budget
         self._attempts = 0
         self._problem = ""  # the last one
+        self._is_given_up = False
+
+    def give_up(self) -> None:
+        """Another part of the same range failed."""
+        self._is_given_up = True
+
+    def refuse_if_given_up(self) -> None:
+        """Ends what is done for the range."""
+        if self._is_given_up:
+            raise self.is_over()
 
     def begin(self, problem: str, happened: float) -> float:
         """There was trouble; the seconds left."""
