@@ -19,7 +19,7 @@ from datastore.batch import Batch
 from datastore.buffers import Buffers, rounded
 from datastore.errors import AskedWrongly
 from datastore.layout import Rows
-from datastore.order import Lanes, Order, drawn_views, sample_seeds
+from datastore.order import Lanes, Order, drawn_views
 from datastore.plans import Plan, Run, Shares, span_of
 from datastore.shards import ShardReader
 
@@ -75,8 +75,8 @@ class FieldRows:
 class Draft:
     """A micro-batch whose rows are on their way."""
 
-    def __init__(self, plan: Plan, ids: Int64[np.ndarray, " m"], seeds: Int64[np.ndarray, " m"]) -> None:
-        self.plan, self.ids, self.seeds = plan, ids, seeds
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
         self.fields: dict[str, FieldRows] = {}  # from the first read on
         self.reads: list[Future[None]] = []
 
@@ -85,19 +85,13 @@ class Form(Generic[BatchT]):
     """What the micro-batches of a run are made of."""
 
     def __init__(
-        self, batch_type: type[BatchT], samples: Samples, buffers: Buffers, seed: int, num_views: int, pin_memory: bool
+        self, batch_type: type[BatchT], samples: Samples, buffers: Buffers, num_views: int, pin_memory: bool
     ) -> None:
         self._batch_type = batch_type
         self._samples = samples
         self._buffers = buffers
-        self._seed = seed
         self._num_views = num_views
         self._pin_memory = pin_memory
-
-    def draft(self, plan: Plan) -> "Draft":
-        """A micro-batch without memory."""
-        ids = self._samples.rows[plan.samples]
-        return Draft(plan, ids, sample_seeds(self._seed, plan.epoch, ids))
 
     def allocate(self, draft: "Draft", name: str) -> None:
         """Gives one field of a micro-batch its memory."""
@@ -106,7 +100,7 @@ class Form(Generic[BatchT]):
         if draws_while_copied(reader, self._batch_type):
             views = self._drawn(draft)
             shape = (views.shape[1], *shape[1:])
-        shape = (len(draft.ids), *shape)
+        shape = (len(draft.plan.ids), *shape)
         if self._pin_memory and not reader.stored.field.bit_packed:
             dtype = torch.from_numpy(np.empty(0, stored_dtype)).dtype
             tensor = torch.empty(shape, dtype=dtype, pin_memory=True)  # torch uses such memory again, too
@@ -116,8 +110,8 @@ class Form(Generic[BatchT]):
 
     def finished(self, draft: "Draft") -> BatchT:
         """The micro-batch, when all its rows are there."""
-        fields = {name: self._finished(draft, name) for name in self._samples.readers}
-        return self._batch_type(ids=torch.from_numpy(draft.ids), seeds=torch.from_numpy(draft.seeds), **fields)
+        plan, fields = draft.plan, {name: self._finished(draft, name) for name in self._samples.readers}
+        return self._batch_type(ids=torch.from_numpy(plan.ids), seeds=torch.from_numpy(plan.seeds), **fields)
 
     def _finished(self, draft: "Draft", name: str) -> torch.Tensor:
         stored, field = self._samples.readers[name].stored, draft.fields[name]
@@ -134,7 +128,7 @@ class Form(Generic[BatchT]):
 
     def _drawn(self, draft: "Draft") -> Int64[np.ndarray, "m k"]:
         assert self._batch_type.views_drawn is not None
-        return drawn_views(draft.seeds, self._num_views, self._batch_type.views_drawn)
+        return drawn_views(draft.plan.seeds, self._num_views, self._batch_type.views_drawn)
 
 
 class Visit(NamedTuple):
@@ -201,7 +195,7 @@ class Drafts:
         self._kept.clear()
 
     def _expect(self, plan: Plan) -> None:
-        draft, number = self._form.draft(plan), self._first + len(self._coming)
+        draft, number = Draft(plan), self._first + len(self._coming)
         self._coming.append(draft)
         for run in plan.runs:
             self._waiting.setdefault(run.unit, deque()).append((number, draft, run))

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from datastore.errors import AskedWrongly
-from datastore.order import Lanes, Order, say_worlds
+from datastore.layout import Rows
+from datastore.order import Lanes, Order, sample_seeds, say_worlds
 
 _PLANNED_PLACES: Final = 4096  # looked up in the order at a time: numpy's cost of a call is then 1/4096 a sample
 
@@ -65,11 +66,13 @@ class Plan(NamedTuple):
     """One micro-batch, before anything is read."""
 
     epoch: int
-    samples: Int64[np.ndarray, " m"]
+    samples: Int64[np.ndarray, " m"]  # in the order's numbers
+    ids: Int64[np.ndarray, " m"]  # as rows of the store
+    seeds: Int64[np.ndarray, " m"]
     runs: list[Run]
 
 
-def plans_of(order: Order, lanes: Lanes, shares: Shares, first_step: int) -> Iterator[Plan]:
+def plans_of(rows: Rows, order: Order, lanes: Lanes, shares: Shares, first_step: int) -> Iterator[Plan]:
     """This rank's micro-batches from an optimizer step on, without end."""
     offsets = shares.offsets
     steps_at_once = max(1, _PLANNED_PLACES // offsets.size)
@@ -80,11 +83,15 @@ def plans_of(order: Order, lanes: Lanes, shares: Shares, first_step: int) -> Ite
         batches = np.arange(batch, end, dtype=np.int64)[:, None, None]
         positions = lanes.positions(batches, offsets).reshape(-1, shares.micro_batch)
         samples = order.samples(epoch, positions)
-        for ours, units in zip(samples, samples // order.unit_samples, strict=True):
-            # samples of one lane are neighbours in a batch, and mostly of one unit
-            bounds = [0, *(np.flatnonzero(np.diff(units)) + 1).tolist(), len(units)]
-            runs = [Run(int(units[start]), start, until) for start, until in pairwise(bounds)]
-            yield Plan(epoch, ours, runs)
+        ids = rows[samples]
+        seeds = sample_seeds(order.seed, epoch, ids)
+        units = samples // order.unit_samples
+        # samples of one lane are neighbours in a batch, and mostly of one unit
+        others_begin = np.diff(units, axis=1) != 0
+        for number in range(len(samples)):
+            bounds = [0, *(np.flatnonzero(others_begin[number]) + 1).tolist(), shares.micro_batch]
+            runs = [Run(int(units[number, start]), start, until) for start, until in pairwise(bounds)]
+            yield Plan(epoch, samples[number], ids[number], seeds[number], runs)
         step += end - batch
 
 

@@ -123,7 +123,7 @@ def open_stream(
         local_readers = max(_FEWEST_LOCAL_READERS, min(cores, _MOST_LOCAL_READERS))
         num_readers = local_readers if fetcher.is_local else _REMOTE_READERS
         memory = Memory.of(samples, shares, lanes, batch_type, config.memory_gib, config.prefetch_batches, num_readers)
-        form = Form(batch_type, samples, fetcher.buffers, seed, store.attributes.num_views, pin_memory)
+        form = Form(batch_type, samples, fetcher.buffers, store.attributes.num_views, pin_memory)
         stream = Stream(store, fetcher, samples, shares, lanes, memory, form, start)
         on_error.pop_all()
     return stream
@@ -169,7 +169,7 @@ class Stream(Generic[BatchT]):
         self._form = form
         self._epoch = start // shares.global_batch // lanes.num_batches
         self._prefetch_batches = memory.batches_ahead
-        plans = plans_of(samples.order, lanes, shares, first_step=start // shares.global_batch)
+        plans = plans_of(samples.rows, samples.order, lanes, shares, first_step=start // shares.global_batch)
         self._drafts = Drafts(samples, memory, plans, form)
         # one thread, so that batches are finished in order and `_drafts` has one user
         self._assembler = ThreadPoolExecutor(1, thread_name_prefix="stream-batches")

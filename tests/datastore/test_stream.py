@@ -187,7 +187,9 @@ def test_at_any_position_every_world_plans_the_same_samples_in_the_same_order(
     shares = Shares(SHARED_BATCH, SHARED_BATCH // world // accumulation, rank, world)
     with pytest.MonkeyPatch.context() as patch:  # fewer at a time: it looks ahead, and the test does not
         patch.setattr("datastore.plans._PLANNED_PLACES", 1)
-        plans = list(itertools.islice(plans_of(order, lanes, shares, step), accumulation))
+        plans = list(
+            itertools.islice(plans_of(Rows(np.array([[0, num_samples]])), order, lanes, shares, step), accumulation)
+        )
     mine = slice(rank * SHARED_BATCH // world, (rank + 1) * SHARED_BATCH // world)
     assert np.array_equal(np.concatenate([plan.samples for plan in plans]), alone[mine])
     assert {plan.epoch for plan in plans} == {epoch}
@@ -240,7 +242,7 @@ def test_a_thousand_million_samples_open_and_seek_in_little_memory_at_any_positi
         began = time.process_time()
         rows = Rows(np.array([[0, 10**9 + 5]], dtype=np.int64))
         order, lanes = Order(len(rows), 64, 1, seed=0), Lanes(len(rows), 64, 16)
-        plan = next(plans_of(order, lanes, Shares(64, 64, 0, 1), step))
+        plan = next(plans_of(rows, order, lanes, Shares(64, 64, 0, 1), step))
         assert len(np.unique(rows[plan.samples])) == 64
         return time.process_time() - began
 
