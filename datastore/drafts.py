@@ -63,13 +63,12 @@ class Samples:
 class FieldRows:
     """A field of a micro-batch, to be filled with rows as they lie in the store."""
 
-    def __init__(self, tensor: torch.Tensor, views: Int64[np.ndarray, "m k"] | None) -> None:
-        self.tensor = tensor
+    def __init__(self, rows: np.ndarray, tensor: torch.Tensor, views: Int64[np.ndarray, "m k"] | None) -> None:
+        self.rows, self.tensor = rows, tensor  # the same memory
         self.views = views  # of each row's first axis, only these
         # Made once: threads that read touch no tensor, as each such touch lets go of Python and waits to have it again.
-        self.rows: np.ndarray = tensor.numpy()
-        self.content: memoryview = self.rows.reshape(-1).view(np.uint8).data
-        self.row_bytes = self.rows.nbytes // len(self.rows)
+        self.content: memoryview = rows.reshape(-1).view(np.uint8).data
+        self.row_bytes = rows.nbytes // len(rows)
 
 
 class Draft:
@@ -104,9 +103,11 @@ class Form(Generic[BatchT]):
         if self._pin_memory and not reader.stored.field.bit_packed:
             dtype = torch.from_numpy(np.empty(0, stored_dtype)).dtype
             tensor = torch.empty(shape, dtype=dtype, pin_memory=True)  # torch uses such memory again, too
+            rows = tensor.numpy()
         else:
-            tensor = torch.from_numpy(self._buffers.empty(shape, stored_dtype))
-        draft.fields[name] = FieldRows(tensor, views)
+            rows = self._buffers.empty(shape, stored_dtype)
+            tensor = torch.from_numpy(rows)
+        draft.fields[name] = FieldRows(rows, tensor, views)
 
     def finished(self, draft: "Draft") -> BatchT:
         """The micro-batch, when all its rows are there."""
@@ -254,7 +255,7 @@ class Drafts:
     def _copy(self, content: np.ndarray, name: str, visit: Visit) -> None:
         """Rows of a unit to their places."""
         for draft, run in visit.runs:
-            field, rows = draft.fields[name], self._rows_in_unit(draft, visit.unit, run)
+            field, rows = draft.fields[name], np.array(draft.plan.rows[run.start : run.end])
             target = field.rows[run.start : run.end]
             if field.views is None:  # with another mode numpy would copy twice
                 content.take(rows, axis=0, out=target, mode="clip")
@@ -267,7 +268,7 @@ class Drafts:
         for draft, run in visit.runs:
             field = draft.fields[name]
             content, size, at = field.content, field.row_bytes, run.start * field.row_bytes
-            for row in self._rows_in_unit(draft, visit.unit, run).tolist():
+            for row in draft.plan.rows[run.start : run.end]:
                 target = content[at : at + size]
                 at += size
                 if places[row] is None:
@@ -279,9 +280,6 @@ class Drafts:
             first = places[row]
             assert first is not None
             target[:] = first
-
-    def _rows_in_unit(self, draft: Draft, unit: int, run: Run) -> Int64[np.ndarray, " k"]:
-        return draft.plan.samples[run.start : run.end] - self._samples.span(unit)[0]
 
 
 def _batch_bytes(readers: Iterable[ShardReader], batch_type: type[Batch], num_samples: int) -> int:

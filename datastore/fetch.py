@@ -92,6 +92,7 @@ class Fetcher:
         self._counting = threading.Lock()
         self._closed = threading.Event()
         self._tempo = _Tempo(self._config)
+        self._own = _Own()
         self._under_way: set[_Request] = set()
         self._changed = threading.Condition(self._counting)  # what is under way, or whether this is closed
         # Threads, from the first need of each: for parts that are read beside each other, for second requests (which must
@@ -167,6 +168,27 @@ class Fetcher:
             raise FetchFailed(str(error), may_pass=error.may_pass) from error
         return True
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Within the block, this thread is one of those that may read now: more would only get into each other's way.
+
+        Requests have their turns by themselves; this is for what goes with them, as unpacking does.
+        """
+        with self._turn(_Deadline(self.budget())):
+            yield
+
+    @contextmanager
+    def _turn(self, deadline: "_Deadline") -> Iterator[None]:
+        if self._own.has_turn or self.is_local:
+            yield
+            return
+        with self._tempo.turn(self._closed, deadline):
+            self._own.has_turn = True
+            try:
+                yield
+            finally:
+                self._own.has_turn = False
+
     def close(self) -> None:
         """Gives up what is under way; whoever waits for it gets a FetchFailed."""
         with self._changed:
@@ -231,7 +253,8 @@ class Fetcher:
             if self._parts_pool is None:
                 most = max(self._config.requests_near, self._config.requests_far)
                 self._parts_pool = ThreadPoolExecutor(most, thread_name_prefix="stream-parts")
-            reads = [self._parts_pool.submit(self._read_part, name, part, deadline) for part in others]
+            has_turn = self._own.has_turn  # which waits for the others, so they cannot wait for it
+            reads = [self._parts_pool.submit(self._read_other, name, part, deadline, has_turn) for part in others]
         try:
             self._read_part(name, first, deadline)
             for read in reads:
@@ -258,6 +281,13 @@ class Fetcher:
                 self.bytes_fetched += num_bytes
             return num_bytes
 
+    def _read_other(self, name: str, part: "_Part", deadline: "_Deadline", has_turn: bool) -> None:
+        self._own.has_turn = has_turn
+        try:
+            self._read_part(name, part, deadline)
+        finally:
+            self._own.has_turn = False
+
     def _read_part(self, name: str, part: "_Part", deadline: "_Deadline") -> None:
         """Fills a part that comes from a server."""
         trouble = _Trouble(deadline)
@@ -277,7 +307,7 @@ class Fetcher:
         Either way the request's target has the bytes, and nobody writes to it any more.
         """
         try:
-            with self._tempo.turn(self._closed, request.deadline):
+            with self._turn(request.deadline):
                 num_bytes = self._timed_read(request)
         except Refused as refusal:
             return self._answer_of_another(request, refusal)
@@ -399,6 +429,12 @@ class _Part:
         """As if it had not come yet."""
         self.is_settled = False
         self._digests.clear()
+
+
+class _Own(threading.local):
+    """What a thread knows of itself."""
+
+    has_turn = False
 
 
 class _Request:

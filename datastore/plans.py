@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -66,10 +65,10 @@ class Plan(NamedTuple):
     """One micro-batch, before anything is read."""
 
     epoch: int
-    samples: Int64[np.ndarray, " m"]  # in the order's numbers
-    ids: Int64[np.ndarray, " m"]  # as rows of the store
+    ids: Int64[np.ndarray, " m"]  # rows of the store
     seeds: Int64[np.ndarray, " m"]
     runs: list[Run]
+    rows: list[int]  # of each sample in its unit
 
 
 def plans_of(rows: Rows, order: Order, lanes: Lanes, shares: Shares, first_step: int) -> Iterator[Plan]:
@@ -85,13 +84,18 @@ def plans_of(rows: Rows, order: Order, lanes: Lanes, shares: Shares, first_step:
         samples = order.samples(epoch, positions)
         ids = rows[samples]
         seeds = sample_seeds(order.seed, epoch, ids)
-        units = samples // order.unit_samples
+        units, in_units = np.divmod(samples, order.unit_samples)
         # samples of one lane are neighbours in a batch, and mostly of one unit
-        others_begin = np.diff(units, axis=1) != 0
-        for number in range(len(samples)):
-            bounds = [0, *(np.flatnonzero(others_begin[number]) + 1).tolist(), shares.micro_batch]
-            runs = [Run(int(units[number, start]), start, until) for start, until in pairwise(bounds)]
-            yield Plan(epoch, samples[number], ids[number], seeds[number], runs)
+        plan, ends = np.nonzero(np.diff(units, axis=1, append=-1))
+        first_runs = np.searchsorted(plan, np.arange(len(samples) + 1))
+        last_units = units[plan, ends].tolist()
+        bounds = (ends + 1).tolist()
+        for number, in_unit in enumerate(in_units.tolist()):
+            runs, start = [], 0
+            for place in range(first_runs[number], first_runs[number + 1]):
+                runs.append(Run(last_units[place], start, bounds[place]))
+                start = bounds[place]
+            yield Plan(epoch, ids[number], seeds[number], runs, in_unit)
         step += end - batch
 
 

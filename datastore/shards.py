@@ -96,9 +96,10 @@ class ShardReader:
 
         StoreError where they are damaged or missing, Unavailable where they cannot be had for now.
         """
-        result = self._fetcher.buffers.empty((len(rows), *self._kept), self._dtype)
-        for shard, start, end in self._by_shard(rows):
-            self._read_shard(shard, rows[start:end] - shard * self.stored.shard_rows, result[start:end])
+        with self._fetcher.turn():
+            result = self._fetcher.buffers.empty((len(rows), *self._kept), self._dtype)
+            for shard, start, end in self._by_shard(rows):
+                self._read_shard(shard, rows[start:end] - shard * self.stored.shard_rows, result[start:end])
         return result
 
     def reads_into_places(self, rows: Int64[np.ndarray, " r"]) -> bool:
@@ -113,8 +114,9 @@ class ShardReader:
     def read_into(self, rows: Int64[np.ndarray, " r"], places: Sequence[memoryview | None]) -> None:
         """As `read`, each row into memory of its own; None: it is not needed."""
         assert self.reads_into_places(rows)
-        for shard, start, end in self._by_shard(rows):
-            self._read_into(shard, int(rows[start]) - shard * self.stored.shard_rows, places[start:end])
+        with self._fetcher.turn():
+            for shard, start, end in self._by_shard(rows):
+                self._read_into(shard, int(rows[start]) - shard * self.stored.shard_rows, places[start:end])
 
     def _by_shard(self, rows: Int64[np.ndarray, " r"]) -> Iterator[tuple[int, int, int]]:
         """Each shard that holds some of the rows, with the first of them and the one after its last."""

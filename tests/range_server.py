@@ -18,6 +18,10 @@ Answer = Callable[["Handler", bytes], None]
 """How a server answers a request: given what it should send."""
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 64  # else one of many connections that begin together is not heard for a second
+
+
 class RangeServer:
     """An HTTP server that sends ranges of CONTENT; `script` says how, by the request's number from 0."""
 
@@ -30,7 +34,7 @@ class RangeServer:
         self.broken_off = 0
         self.lock = threading.Lock()
         self.closing = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self._server.of = self  # type: ignore[attr-defined]
         self._server.daemon_threads = True
         if certificate is not None:

@@ -191,7 +191,7 @@ def test_at_any_position_every_world_plans_the_same_samples_in_the_same_order(
             itertools.islice(plans_of(Rows(np.array([[0, num_samples]])), order, lanes, shares, step), accumulation)
         )
     mine = slice(rank * SHARED_BATCH // world, (rank + 1) * SHARED_BATCH // world)
-    assert np.array_equal(np.concatenate([plan.samples for plan in plans]), alone[mine])
+    assert np.array_equal(np.concatenate([plan.ids for plan in plans]), alone[mine])
     assert {plan.epoch for plan in plans} == {epoch}
 
 
@@ -243,7 +243,7 @@ def test_a_thousand_million_samples_open_and_seek_in_little_memory_at_any_positi
         rows = Rows(np.array([[0, 10**9 + 5]], dtype=np.int64))
         order, lanes = Order(len(rows), 64, 1, seed=0), Lanes(len(rows), 64, 16)
         plan = next(plans_of(rows, order, lanes, Shares(64, 64, 0, 1), step))
-        assert len(np.unique(rows[plan.samples])) == 64
+        assert len(np.unique(plan.ids)) == 64
         return time.process_time() - began
 
     opened(0)
