@@ -168,11 +168,11 @@ class Drafts:
 
     def next(self) -> Draft:
         """The next micro-batch, when all its rows are there; those after it are on their way, as far as there is room."""
-        is_first = not self._first
-        while len(self._coming) < self._memory.reach:
-            self._expect(next(self._plans))
         # nothing shall share the machine with what the first batch waits for
-        self._send(1 if is_first else self._memory.reach - self._memory.span + 1)
+        reach = self._memory.reach if self._first else self._memory.span
+        while len(self._coming) < reach:
+            self._expect(next(self._plans))
+        self._send(reach - self._memory.span + 1)
         draft = self._coming.popleft()
         self._first += 1
         self._num_sent -= 1
@@ -248,7 +248,7 @@ class Drafts:
     def _read_field(self, name: str, visit: Visit) -> None:
         reader, rows = self._samples.readers[name], self._samples.rows_of(visit.unit)
         if reader.reads_into_places(rows) and all(draft.fields[name].views is None for draft, _ in visit.runs):
-            self._read_into_places(name, visit, rows)
+            self._read_into_places(name, visit, int(rows[0]), len(rows))
         else:
             self._copy(reader.read(rows), name, visit)
 
@@ -262,8 +262,8 @@ class Drafts:
             else:
                 target[...] = content[rows[:, None], field.views[run.start : run.end]]
 
-    def _read_into_places(self, name: str, visit: Visit, rows: Int64[np.ndarray, " r"]) -> None:
-        places: list[memoryview | None] = [None] * len(rows)
+    def _read_into_places(self, name: str, visit: Visit, first_row: int, num_rows: int) -> None:
+        places: list[memoryview | None] = [None] * num_rows
         again: list[tuple[int, memoryview]] = []  # a padded epoch may have samples twice
         for draft, run in visit.runs:
             field = draft.fields[name]
@@ -275,7 +275,7 @@ class Drafts:
                     places[row] = target
                 else:
                     again.append((row, target))
-        self._samples.readers[name].read_into(rows, places)
+        self._samples.readers[name].read_into(first_row, places)
         for row, target in again:
             first = places[row]
             assert first is not None

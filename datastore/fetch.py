@@ -339,8 +339,7 @@ class Fetcher:
         with self._changed:
             self._refuse_if_closed()
             self.requests += 1
-            request.began = time.monotonic()
-            request.next_at = request.began + self._tempo.patience_seconds
+            request.began = request.asked_at = time.monotonic()
             if not self._under_way:
                 self._changed.notify_all()  # the watch
             self._under_way.add(request)
@@ -362,11 +361,12 @@ class Fetcher:
 
     def _look_after_slow_ones(self) -> float:
         """Sends second requests beside slow ones, and ends those whose time is over; when to look again, in seconds."""
+        patience_seconds = self._tempo.patience_seconds
         for request in self._under_way:
             if request.deadline.seconds_left == 0:
                 request.is_late = True
                 request.call.end()
-            elif request.may_be_hedged and time.monotonic() >= request.next_at:
+            elif request.may_be_hedged and time.monotonic() >= request.asked_at + patience_seconds:
                 self._hedge(request)
         return _POLL_SECONDS if self._under_way else _IDLE_SECONDS
 
@@ -377,7 +377,7 @@ class Fetcher:
         self.hedges += 1
         own = Pieces([self.buffers.empty((slow.target.num_bytes,), np.uint8).data])
         second = _Request(slow.name, slow.start, own, slow.deadline, is_second=True)
-        slow.next_at = time.monotonic() + self._tempo.patience_seconds
+        slow.asked_at = time.monotonic()
         slow.others.append(_Other(second, self._hedges_pool.submit(self._second_answer, second, slow)))
 
     def _second_answer(self, second: "_Request", slow: "_Request") -> int:
@@ -447,7 +447,7 @@ class _Request:
         self.call = Call()
         self.is_late = False  # it was ended because the time for it is over
         self.began = 0.0
-        self.next_at = 0.0  # when another one is sent
+        self.asked_at = 0.0  # when it or the last one beside it was sent
         self.others: list[_Other] = []
         self._is_second = is_second
 

@@ -53,8 +53,15 @@ class ShardReader:
             axis = stored.field.axes.index("p")
             assert axis == 0, f"{stored.path} has points on axis {axis} of a row"
             self._kept = (num_points, *stored.stored_row_shape[1:])
+        self._item_bytes = np.dtype(stored.stored_dtype).itemsize
         self._indices = _Kept(_KEPT_BYTES)
         self._small_chunks = _Kept(_KEPT_BYTES)
+        # looked up for every read
+        self.row_bytes: Final = math.prod(self._kept) * self._item_bytes  # memory that one row takes
+        self.takes_whole_rows: Final = self._kept == stored.stored_row_shape  # whether all of a row is kept
+        chunk_bytes = stored.chunk_rows * math.prod(stored.stored_row_shape) * self._item_bytes
+        # neighbours that are decoded together whether asked for or not; 1 where that costs nothing
+        self.chunk_rows: Final = stored.chunk_rows if chunk_bytes > _SMALL_CHUNK_BYTES else 1
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -62,28 +69,8 @@ class ShardReader:
         return self._kept
 
     @property
-    def row_bytes(self) -> int:
-        """Memory that one row takes."""
-        return math.prod(self._kept) * self._item_bytes
-
-    @property
     def _dtype(self) -> "np.dtype[Any]":
         return np.dtype(self.stored.stored_dtype).newbyteorder("<")
-
-    @property
-    def _item_bytes(self) -> int:
-        return np.dtype(self.stored.stored_dtype).itemsize
-
-    @property
-    def takes_whole_rows(self) -> bool:
-        """Whether all of a row is kept."""
-        return self._kept == self.stored.stored_row_shape
-
-    @property
-    def chunk_rows(self) -> int:
-        """Neighbours that are decoded together whether asked for or not; 1 where that costs nothing."""
-        chunk_bytes = self.stored.chunk_rows * math.prod(self.stored.stored_row_shape) * self._item_bytes
-        return self.stored.chunk_rows if chunk_bytes > _SMALL_CHUNK_BYTES else 1
 
     @property
     def encoded_row_bytes(self) -> float:
@@ -111,12 +98,16 @@ class ShardReader:
             and int(rows[-1] - rows[0]) + 1 == len(rows)
         )
 
-    def read_into(self, rows: Int64[np.ndarray, " r"], places: Sequence[memoryview | None]) -> None:
-        """As `read`, each row into memory of its own; None: it is not needed."""
-        assert self.reads_into_places(rows)
+    def read_into(self, first_row: int, places: Sequence[memoryview | None]) -> None:
+        """As `read`, of neighbours that `reads_into_places`, each into memory of its own; None: it is not needed."""
+        shard_rows = self.stored.shard_rows
         with self._fetcher.turn():
-            for shard, start, end in self._by_shard(rows):
-                self._read_into(shard, int(rows[start]) - shard * self.stored.shard_rows, places[start:end])
+            start = 0
+            while start < len(places):
+                shard, in_shard = divmod(first_row + start, shard_rows)
+                end = min(len(places), start + shard_rows - in_shard)
+                self._read_into(shard, in_shard, places[start:end])
+                start = end
 
     def _by_shard(self, rows: Int64[np.ndarray, " r"]) -> Iterator[tuple[int, int, int]]:
         """Each shard that holds some of the rows, with the first of them and the one after its last."""

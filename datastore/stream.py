@@ -44,7 +44,7 @@ from datastore.shards import ShardReader
 # Those of a server wait for its latency, and its requests are bounded by themselves (data.fetch).
 _FEWEST_LOCAL_READERS, _MOST_LOCAL_READERS = 2, 8
 _REMOTE_READERS: Final = 32
-_UNIT_BYTES: Final = 4 * 2**20
+_UNIT_BYTES: Final = 8 * 2**20
 _LARGEST_UNIT_BYTES: Final = 64 * 2**20
 _MOST_UNIT_SAMPLES: Final = 256
 _LABELS_AT_ONCE: Final = 2**13
@@ -130,7 +130,7 @@ def open_stream(
 
 
 def unit_samples_of(readers: Iterable[ShardReader]) -> int:
-    """How many neighbouring samples are read as one: a power of two that makes about 4 MiB of these fields.
+    """How many neighbouring samples are read as one: a power of two that makes about 8 MiB of these fields.
 
     The order of a run depends on it, so it follows from nothing but the layout of the fields that the batch asks for: it is
     the same on any world, whatever is written to the store later.

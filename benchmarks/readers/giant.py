@@ -19,11 +19,12 @@ from torch import Tensor
 
 from datastore.batch import Batch
 from datastore.buffers import Buffers
+from datastore.drafts import Form, Memory, Samples
 from datastore.layout import Manifest, Rows, ScopeManifest, ShardSums
 from datastore.order import Lanes, Order
+from datastore.plans import Shares
 from datastore.schema import FIELDS
-from datastore.shards import LoadedRows
-from datastore.stream import Stream, StreamConfig, _Memory, _Samples, _Shares, unit_samples_of
+from datastore.stream import Stream, StreamConfig, unit_samples_of
 from readers.memory import PeakMemory
 from readers.payloads import BATCH
 
@@ -48,17 +49,13 @@ class RowNumbers:
     chunk_rows = 1
     takes_whole_rows = True
 
-    def load(self, rows: np.ndarray) -> LoadedRows:
+    def read(self, rows: np.ndarray) -> np.ndarray:
         """The rows."""
-        return LoadedRows([rows])
+        return rows
 
-    def loaded_bytes(self, rows: np.ndarray) -> int:
-        """What they take."""
-        return rows.nbytes
-
-    def loads_in_place(self, rows: np.ndarray) -> bool:
-        """Whether they take nothing more."""
-        return len(rows) > 0
+    def reads_into_places(self, rows: np.ndarray) -> bool:
+        """Whether their bytes can be read to where they belong."""
+        return len(rows) < 0
 
 
 def open_at(start: int) -> float:
@@ -68,12 +65,13 @@ def open_at(start: int) -> float:
     rows = Rows(np.array([[0, NUM_SAMPLES]], dtype=np.int64))
     readers: dict[str, Any] = {"label": RowNumbers()}
     order = Order(len(rows), unit_samples_of(readers.values()), config.window_units, seed=0)
-    lanes, shares = Lanes(len(rows), BATCH, config.lanes), _Shares(BATCH, BATCH, 0, 1)
-    samples = _Samples(rows, readers, order)
-    fetcher = SimpleNamespace(close=lambda: None, bytes_fetched=0, buffers=Buffers(2**20))
-    memory = _Memory.of(samples, shares, lanes, config, row_bytes=8, num_readers=4)
-    arguments: tuple[Any, ...] = (None, fetcher, LabelBatch, samples, shares, lanes, memory)
-    with Stream(*arguments, seed=0, start=start, pin_memory=False) as stream:
+    lanes, shares = Lanes(len(rows), BATCH, config.lanes), Shares(BATCH, BATCH, 0, 1)
+    samples = Samples(rows, readers, order)
+    fetcher: Any = SimpleNamespace(close=lambda: None, bytes_fetched=0, buffers=Buffers(2**20))
+    memory = Memory.of(samples, shares, lanes, LabelBatch, config.memory_gib, config.prefetch_batches, num_readers=4)
+    form = Form(LabelBatch, samples, fetcher.buffers, num_views=0, pin_memory=False)
+    store: Any = None
+    with Stream(store, fetcher, samples, shares, lanes, memory, form, start) as stream:
         ((batch,),) = stream.steps(1)
         taken = time.perf_counter() - began
     assert (batch.label == batch.ids).all() and len(batch.ids.unique()) == BATCH

@@ -316,7 +316,7 @@ def test_units_are_a_few_megabytes_whatever_the_field() -> None:
         return unit_samples_of([SimpleNamespace(row_bytes=row, chunk_rows=chunk) for row, chunk in fields])  # type: ignore[misc]
 
     points, views, features, labels = (98_304, 16), (12 * 224 * 224 * 3, 16), (18_432, 64), (8, 1)
-    assert units(points) == units(points, labels) == 32
+    assert units(points) == units(points, labels) == 64
     assert units(features) == units(labels) == 256
     assert units(views) == units(points, views) == 32, "two chunks: rows of a split need not begin where a chunk does"
     assert units(points, features) == 128
