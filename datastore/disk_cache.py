@@ -28,6 +28,7 @@ from typing import Final, NamedTuple
 from crc32c import crc32c
 
 from datastore.objects import locked_draft, remove_abandoned, write_whole
+from datastore.pieces import Pieces
 
 _MAGIC: Final = b"VPRANGE1"  # another layout of entries is another number
 _HEAD: Final = struct.Struct("<8sIIQ")  # magic, checksum of key and content, bytes of the key, bytes of the content
@@ -83,12 +84,13 @@ class DiskCache:
             self.hits += 1
         return content
 
-    def put(self, key: str, content: bytes | bytearray | memoryview) -> None:
+    def put(self, key: str, content: bytes | bytearray | memoryview | Pieces) -> None:
         """Keeps it for now; where that fails, says so once and goes on."""
-        if len(content) > self._limit_bytes // _LARGEST or time.monotonic() < self._rests_until:
+        pieces = content if isinstance(content, Pieces) else Pieces([memoryview(content)])
+        if pieces.num_bytes > self._limit_bytes // _LARGEST or time.monotonic() < self._rests_until:
             return
         try:
-            self._write(key, memoryview(content))
+            self._write(key, pieces)
         except OSError as error:
             self._rest(error)
 
@@ -101,20 +103,21 @@ class DiskCache:
         digest = hashlib.sha256(_MAGIC + key.encode()).hexdigest()
         return self._folder / digest[:2] / digest[2:40]
 
-    def _write(self, key: str, content: memoryview) -> None:
+    def _write(self, key: str, content: Pieces) -> None:
         path, name = self._path(key), key.encode()
-        head = _HEAD.pack(_MAGIC, _checksum(name, content), len(name), len(content)) + name
+        head = _HEAD.pack(_MAGIC, _checksum(name, content), len(name), content.num_bytes) + name
         (self._folder / _DRAFTS).mkdir(parents=True, exist_ok=True)
         path.parent.mkdir(exist_ok=True)
         draft, descriptor = locked_draft(self._folder / _DRAFTS)
         try:
             # its whole size shows before it is counted: who looks now must not miss it
-            os.ftruncate(descriptor, len(head) + len(content))
-            if not self._has_room(draft, len(head) + len(content)):
+            os.ftruncate(descriptor, len(head) + content.num_bytes)
+            if not self._has_room(draft, len(head) + content.num_bytes):
                 draft.unlink(missing_ok=True)
                 return
             write_whole(descriptor, head)
-            write_whole(descriptor, content)
+            for piece in content:
+                write_whole(descriptor, piece)
             # not synced: an entry that a power cut left incomplete has a wrong checksum
             draft.replace(path)
         except OSError:
@@ -258,7 +261,10 @@ def _read(path: Path, name: bytes) -> bytearray | None:
         if (magic, name_bytes, len(head) + num_bytes) != (_MAGIC, len(name), os.fstat(descriptor).st_size):
             return None
         content = bytearray(num_bytes)
-        if os.preadv(descriptor, [content], len(head)) != num_bytes or _checksum(name, content) != checksum:
+        if (
+            os.preadv(descriptor, [content], len(head)) != num_bytes
+            or _checksum(name, Pieces([memoryview(content)])) != checksum
+        ):
             return None
         with suppress(OSError):  # of a cache that may only be read, somebody else keeps the order of use
             os.utime(descriptor)  # the time of the last use; disks are mounted so that reading alone leaves none
@@ -267,5 +273,8 @@ def _read(path: Path, name: bytes) -> bytearray | None:
         os.close(descriptor)
 
 
-def _checksum(name: bytes, content: bytearray | memoryview) -> int:
-    return crc32c(content, crc32c(name))
+def _checksum(name: bytes, content: Pieces) -> int:
+    found = crc32c(name)
+    for piece in content:
+        found = crc32c(piece, found)
+    return found

@@ -9,6 +9,7 @@ be kept on this machine's disk (`disk_cache.py`), and is taken from there the ne
 """
 
 import hashlib
+import logging
 import math
 import random
 import statistics
@@ -43,6 +44,7 @@ _CLOSED_POLL_SECONDS: Final = 0.2
 _POLL_SECONDS: Final = 0.05  # how soon a slow request is noticed
 _IDLE_SECONDS: Final = 1.0  # and that nobody asks any more
 _TOGETHER: Final = 3  # requests for the same bytes: where one in ten is slow, one in a thousand is waited for
+_logger = logging.getLogger("datastore.fetch")
 _JITTER: Final = random.SystemRandom()  # not the run's own, whose seed is the same in all processes
 
 
@@ -153,7 +155,7 @@ class Fetcher:
                     return
             self._cache.drop(key)
         self._fetch(target, name, start, problem, deadline)
-        self._cache.put(key, target.joined())
+        self._cache.put(key, target)
 
     def exists(self, name: str) -> bool:
         """Whether there is such an object now, asked once. FetchFailed where there is no answer."""
@@ -182,12 +184,13 @@ class Fetcher:
         if self._own.has_turn or self.is_local:
             yield
             return
-        with self._tempo.turn(self._closed, deadline):
-            self._own.has_turn = True
-            try:
-                yield
-            finally:
-                self._own.has_turn = False
+        self._tempo.begin(self._closed, deadline)
+        self._own.has_turn = True
+        try:
+            yield
+        finally:
+            self._own.has_turn = False
+            self._tempo.end()
 
     def close(self) -> None:
         """Gives up what is under way; whoever waits for it gets a FetchFailed."""
@@ -206,7 +209,7 @@ class Fetcher:
         self._ranges.close()
 
     def _fetch(
-        self, target: Pieces, name: str, start: int, problem_of: Callable[[], str | None], deadline: "_Deadline"
+        self, target: Pieces, name: str, start: int, problem: Callable[[], str | None], deadline: "_Deadline"
     ) -> None:
         """Fills the target, and again, part by part, where a range came damaged.
 
@@ -225,18 +228,18 @@ class Fetcher:
         while True:
             asked = [part for part in parts if not part.is_settled]
             self._read_parts(name, asked, deadline)
-            problem = _length_problem(sum(part.num_bytes for part in parts), start, num_bytes) or problem_of()
-            if problem is None:
+            found = _length_problem(sum(part.num_bytes for part in parts), start, num_bytes) or problem()
+            if found is None:
                 return
             for part in asked:
                 part.came_damaged()
             if all(part.is_settled for part in parts):
                 times_settled += 1
                 if times_settled == _TIMES_SETTLED:
-                    raise FetchFailed(f"it is damaged: {problem}, and comes like this each time", may_pass=False)
+                    raise FetchFailed(f"it is damaged: {found}, and comes like this each time", may_pass=False)
                 for part in parts:
                     part.forget()
-            self._pause(trouble.came_damaged(problem))
+            self._pause(trouble.came_damaged(found))
 
     def _read_parts(self, name: str, parts: "list[_Part]", deadline: "_Deadline") -> None:
         """Fills some parts of a range, whether rightly or not."""
@@ -244,20 +247,15 @@ class Fetcher:
             for part in parts:
                 part.num_bytes = self._read(name, part, deadline)
             return
-        first, *others = parts
-        if not others:
-            self._read_part(name, first, deadline)
-            return
-        with self._changed:
-            self._refuse_if_closed()
-            if self._parts_pool is None:
-                most = max(self._config.requests_near, self._config.requests_far)
-                self._parts_pool = ThreadPoolExecutor(most, thread_name_prefix="stream-parts")
-            has_turn = self._own.has_turn  # which waits for the others, so they cannot wait for it
-            reads = [self._parts_pool.submit(self._read_other, name, part, deadline, has_turn) for part in others]
+        left, beside = deque(parts), list[Future[None]]()
         try:
-            self._read_part(name, first, deadline)
-            for read in reads:
+            while left:
+                own = left.popleft()
+                # others for which there is a turn; the rest this thread reads, too, or it might wait for those who wait for it
+                while left and self._tempo.may_begin():
+                    beside.append(self._begin_beside(name, left.popleft(), deadline))
+                self._read_part(name, own, deadline)
+            for read in beside:
                 read.result()
         except BaseException:
             deadline.give_up()
@@ -265,7 +263,7 @@ class Fetcher:
                 for request in self._under_way:
                     if request.deadline is deadline:
                         request.call.end()
-            wait(reads)  # nobody writes to the target any more
+            wait(beside)  # nobody writes to the target any more
             raise
 
     def _read(self, name: str, part: "_Part", deadline: "_Deadline") -> int:
@@ -281,12 +279,24 @@ class Fetcher:
                 self.bytes_fetched += num_bytes
             return num_bytes
 
-    def _read_other(self, name: str, part: "_Part", deadline: "_Deadline", has_turn: bool) -> None:
-        self._own.has_turn = has_turn
+    def _begin_beside(self, name: str, part: "_Part", deadline: "_Deadline") -> "Future[None]":
+        """Has another thread fill a part, in a turn that this one has begun."""
+        with self._changed:
+            if self._closed.is_set():
+                self._tempo.end()
+                raise _closed()
+            if self._parts_pool is None:
+                most = max(self._config.requests_near, self._config.requests_far)
+                self._parts_pool = ThreadPoolExecutor(most, thread_name_prefix="stream-parts")
+            return self._parts_pool.submit(self._read_beside, name, part, deadline)
+
+    def _read_beside(self, name: str, part: "_Part", deadline: "_Deadline") -> None:
+        self._own.has_turn = True
         try:
             self._read_part(name, part, deadline)
         finally:
             self._own.has_turn = False
+            self._tempo.end()
 
     def _read_part(self, name: str, part: "_Part", deadline: "_Deadline") -> None:
         """Fills a part that comes from a server."""
@@ -316,7 +326,11 @@ class Fetcher:
         return num_bytes
 
     def _answer_of_another(self, request: "_Request", refusal: Refused) -> int:
-        """The answer to a request that was sent beside this one, which is over: it failed, or it was ended for the other."""
+        """The answer to a request that was sent beside this one, which failed, or was ended for the other."""
+        if not request.call.has_ended:  # it is asked for anew, with a second request in its time
+            for other in request.others:
+                other.request.call.end()
+            raise refusal
         while True:
             coming = [other.answer for other in request.others if not other.answer.done()]
             right = [other for other in request.others if other.answer.done() and not other.answer.exception()]
@@ -336,6 +350,7 @@ class Fetcher:
         return right[0].answer.result()
 
     def _timed_read(self, request: "_Request") -> int:
+        request.deadline.refuse_if_given_up()
         with self._changed:
             self._refuse_if_closed()
             self.requests += 1
@@ -366,6 +381,8 @@ class Fetcher:
             if request.deadline.seconds_left == 0:
                 request.is_late = True
                 request.call.end()
+            elif request.call.has_ended:
+                request.call.end()  # again: it may just have begun to connect
             elif request.may_be_hedged and time.monotonic() >= request.asked_at + patience_seconds:
                 self._hedge(request)
         return _POLL_SECONDS if self._under_way else _IDLE_SECONDS
@@ -374,11 +391,15 @@ class Fetcher:
         if self._hedges_pool is None:
             most = _TOGETHER * max(self._config.requests_near, self._config.requests_far)
             self._hedges_pool = ThreadPoolExecutor(most, thread_name_prefix="stream-second-requests")
-        self.hedges += 1
-        own = Pieces([self.buffers.empty((slow.target.num_bytes,), np.uint8).data])
-        second = _Request(slow.name, slow.start, own, slow.deadline, is_second=True)
         slow.asked_at = time.monotonic()
-        slow.others.append(_Other(second, self._hedges_pool.submit(self._second_answer, second, slow)))
+        try:
+            own = Pieces([self.buffers.empty((slow.target.num_bytes,), np.uint8).data])
+            second = _Request(slow.name, slow.start, own, slow.deadline, is_second=True)
+            slow.others.append(_Other(second, self._hedges_pool.submit(self._second_answer, second, slow)))
+        except (MemoryError, RuntimeError) as error:  # no memory, or no thread: it would only have been a help
+            _logger.debug("no second request beside a slow one for %s: %s", slow.name, error)
+            return
+        self.hedges += 1
 
     def _second_answer(self, second: "_Request", slow: "_Request") -> int:
         num_bytes = self._timed_read(second)
@@ -390,9 +411,15 @@ class Fetcher:
             raise _closed()
 
     def _pause(self, seconds: float) -> None:
+        """Waits, and lets others read meanwhile."""
         with self._counting:
             self.retries += 1
-        if self._closed.wait(seconds):
+        if self._own.has_turn:
+            self._tempo.end()
+        is_closed = self._closed.wait(seconds)
+        if self._own.has_turn:
+            self._tempo.begin(self._closed)
+        if is_closed:
             raise _closed()
 
 
@@ -473,21 +500,28 @@ class _Tempo:
         self._first_bytes: deque[float] = deque(maxlen=_REMEMBERED)
         self._durations: deque[float] = deque(maxlen=_REMEMBERED)
 
-    @contextmanager
-    def turn(self, closed: threading.Event, deadline: "_Deadline") -> Iterator[None]:
-        """Waits for a turn, and has it within the block."""
+    def begin(self, closed: threading.Event, deadline: "_Deadline | None" = None) -> None:
+        """Waits for a turn, and has it from then on."""
         with self._changed:
             while self._under_way >= self._limit() and not closed.is_set():
-                if deadline.seconds_left == 0:
+                if deadline is not None and deadline.seconds_left == 0:
                     raise deadline.is_over()
                 self._changed.wait(_CLOSED_POLL_SECONDS)
             self._under_way += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._under_way -= 1
-                self._changed.notify()
+
+    def may_begin(self) -> bool:
+        """Whether there was a turn to have; it is the caller's then."""
+        with self._changed:
+            if self._under_way >= self._limit():
+                return False
+            self._under_way += 1
+            return True
+
+    def end(self) -> None:
+        """Gives the turn to another."""
+        with self._changed:
+            self._under_way -= 1
+            self._changed.notify()
 
     @property
     def patience_seconds(self) -> float:

@@ -356,13 +356,18 @@ class _SignedRanges:
 class _Incoming(io.RawIOBase):
     """What the other side sends, as long as enough of it comes."""
 
-    def __init__(self, sock: socket.socket, timeout_seconds: float) -> None:
+    def __init__(self, sock: socket.socket, timeout_seconds: float, file: io.BufferedIOBase) -> None:
         self._sock, self._timeout_seconds = sock, timeout_seconds
+        self._file = file  # as long as it is open, a connection that ends with its answer stays open for that
         self.is_encrypted = isinstance(sock, ssl.SSLSocket)
         self._began, self._num_bytes = time.monotonic(), 0
 
     def readable(self) -> bool:
         return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
     def readinto(self, target: Any) -> int:
         return self.fill([memoryview(target)])
@@ -397,8 +402,7 @@ class _Response(http.client.HTTPResponse):
 
     def __init__(self, sock: socket.socket, timeout_seconds: float, **options: Any) -> None:
         super().__init__(sock, **options)
-        self.fp.close()
-        self._incoming = _Incoming(sock, timeout_seconds)
+        self._incoming = _Incoming(sock, timeout_seconds, self.fp)
         self.fp = io.BufferedReader(self._incoming, _HEAD_BYTES)
 
     def fill(self, target: Pieces) -> int:

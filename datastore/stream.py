@@ -6,8 +6,8 @@ lanes of its share, and all ranks together read each sample about once an epoch.
 
 What is read, held and dropped as one is a unit: some megabytes of neighbouring samples, in all the fields that the batch
 asks for. Random single rows over a network reach a hundredth of its rate, whole shards would be mostly other ranks'. A
-plan of the coming micro-batches says which units are needed next; threads fetch and decode them as far ahead as the
-bound on memory allows, and one more thread gathers rows into tensors, a few batches ahead of the consumer.
+plan of the coming micro-batches (`plans.py`) says which units are needed next; threads read and decode them straight into
+those batches (`drafts.py`), as far ahead as the bound on memory allows, and one more thread finishes batches in order.
 """
 
 import logging
