@@ -27,11 +27,25 @@ class Buffers:
     def __init__(self, keep_bytes: int) -> None:
         self._keep_bytes = keep_bytes
         self._lock = threading.Lock()
-        self.allocated_bytes = 0  # lent, or kept for later
+        self._allocated_bytes = 0
         self._free: dict[int, list[np.ndarray]] = {}
         self._lent: dict[int, weakref.ref[np.ndarray]] = {}
         # whoever drops the last reference may be in the middle of `empty`: so coming back takes no lock
         self._returned: deque[tuple[int, np.ndarray]] = deque()
+        self._gone: deque[int] = deque()  # bytes that were counted for others, likewise
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Memory that is lent or kept for later, and what others said that they hold."""
+        with self._lock:
+            self._forget_the_gone()
+            return self._allocated_bytes
+
+    def count(self, owner: object, num_bytes: int) -> None:
+        """Counts memory that is not from here, as long as there is its owner."""
+        with self._lock:
+            self._allocated_bytes += num_bytes
+        weakref.finalize(owner, self._gone.append, num_bytes).atexit = False
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any] | type | str) -> np.ndarray:
         """An array of unset values."""
@@ -48,18 +62,23 @@ class Buffers:
         self._lent[key] = weakref.ref(lent, lambda _: returned.append((key, memory)))
         return lent[:num_bytes].view(dtype).reshape(shape)
 
+    def _forget_the_gone(self) -> None:
+        while self._gone:
+            self._allocated_bytes -= self._gone.popleft()
+
     def _take(self, size: int) -> np.ndarray:
+        self._forget_the_gone()
         while self._returned:
             key, memory = self._returned.popleft()
             del self._lent[key]
             self._free.setdefault(len(memory), []).append(memory)
         if self._free.get(size):
             return self._free[size].pop()
-        self.allocated_bytes += size
+        self._allocated_bytes += size
         for other, free in self._free.items():
-            while free and self.allocated_bytes > self._keep_bytes:
+            while free and self._allocated_bytes > self._keep_bytes:
                 free.pop()
-                self.allocated_bytes -= other
+                self._allocated_bytes -= other
         return np.empty(size, np.uint8)
 
 

@@ -45,11 +45,12 @@ class Samples:
         first, last = map(int, self.rows[np.array([0, len(self.rows) - 1], dtype=np.int64)])
         spread = (last - first + 1) / len(self.rows)
         unit_samples, chunk_rows = self.order.unit_samples, reader.chunk_rows
-        is_aligned = spread == 1 and not first % chunk_rows and not unit_samples % chunk_rows
-        if spread == 1 and reader.reads_into_places(np.arange(first, first + unit_samples, dtype=np.int64)):
-            return 0 if is_aligned else 2 * chunk_rows * reader.row_bytes
         decoded = rounded(unit_samples * reader.row_bytes)
-        if is_aligned and reader.takes_whole_rows:
+        if spread == 1 and reader.reads_into_places(np.arange(first, first + unit_samples, dtype=np.int64)):
+            # rows that this process does not need: where a lane begins or ends, or is another's too
+            is_aligned = not first % chunk_rows and not unit_samples % chunk_rows
+            return decoded if is_aligned else decoded + 2 * chunk_rows * reader.row_bytes
+        if spread == 1 and not first % chunk_rows and not unit_samples % chunk_rows and reader.takes_whole_rows:
             return decoded + math.ceil(unit_samples * reader.encoded_row_bytes)
         # chunks that are not of one unit alone, and rows of other splits in between; such chunks are unpacked by themselves
         num_rows = unit_samples * spread + 2 * chunk_rows
@@ -104,6 +105,7 @@ class Form(Generic[BatchT]):
             dtype = torch.from_numpy(np.empty(0, stored_dtype)).dtype
             tensor = torch.empty(shape, dtype=dtype, pin_memory=True)  # torch uses such memory again, too
             rows = tensor.numpy()
+            self._buffers.count(tensor, rows.nbytes)
         else:
             rows = self._buffers.empty(shape, stored_dtype)
             tensor = torch.from_numpy(rows)

@@ -65,14 +65,14 @@ class StreamConfig(BaseModel, extra="forbid", frozen=True):
     every: PositiveInt = 1  # only each so-manyth of the shapes above
     num_points: PositiveInt | None = None  # of a shape, the first so many: they are in farthest-point order. None: all
     # A batch takes its samples from so many places of the corpus at a time. More mix better and let more processes share
-    # the reading; each holds a window of its own in memory.
+    # the reading, and spread a unit over more batches, which all take memory from its read on.
     lanes: PositiveInt = 16
     window_units: PositiveInt = 1  # units that a lane shuffles over
     # Neighbouring samples that are read as one; the order depends on it. None: as many as `unit_samples_of` says.
     unit_samples: PositiveInt | None = None
     remainder: Remainder = "drop"  # what an epoch has left after its last whole batch, or "pad"
     prefetch_batches: PositiveInt = 4  # micro-batches ready ahead of the consumer, if there is memory for them
-    memory_gib: PositiveFloat = 4.0  # a process holds at most so much: decoded, being read, and in batches
+    memory_gib: PositiveFloat = 4.0  # a process holds at most so much: in batches, and being read
     fetch: FetchConfig = FetchConfig()
     # A folder on this node's disk that keeps what was read from a remote store; its processes share it. None: nothing is
     # kept, as the pages of a local store already are by the system.

@@ -84,3 +84,15 @@ def test_threads_get_memory_of_their_own() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_memory_of_others_counts_as_long_as_its_owner_is_there() -> None:
+    buffers, owner = Buffers(MIB), torch.empty(1)
+    buffers.count(owner, 3 * MIB)
+    assert buffers.allocated_bytes == 3 * MIB
+    view = owner[:]
+    del owner
+    assert buffers.allocated_bytes in (0, 3 * MIB), "a view may hold what it was made of"
+    del view
+    gc.collect()
+    assert buffers.allocated_bytes == 0

@@ -7,8 +7,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from datastore.errors import StoreError, ViewpointError
@@ -367,6 +369,53 @@ def test_closing_ends_what_is_under_way_behind_tls(secure: RangeServer, answer: 
         fetcher.close()
         assert isinstance(read.exception(CLOSING_SECONDS), FetchFailed)
         assert time.monotonic() - started < CLOSING_SECONDS
+
+
+def chunked(handler: Handler, content: bytes) -> None:
+    handler.send_response(206)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    for at in range(0, len(content), 700):
+        piece = content[at : at + 700]
+        handler.wfile.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+    handler.wfile.write(b"0\r\n\r\n")
+
+
+def in_two_goes(handler: Handler, content: bytes) -> None:
+    handler.begin(206, len(content))
+    handler.wfile.write(content[:1000])
+    time.sleep(0.05)
+    handler.wfile.write(content[1000:])
+
+
+def then_closed(handler: Handler, content: bytes) -> None:
+    handler.begin(206, len(content), Connection="close")
+    handler.wfile.write(content)
+    handler.close_connection = True
+
+
+def all_of_it(handler: Handler, content: bytes) -> None:
+    handler.begin(200, len(CONTENT))
+    handler.wfile.write(CONTENT)
+
+
+@pytest.mark.parametrize("answer", [right, chunked, in_two_goes, then_closed, all_of_it])
+@pytest.mark.parametrize("cuts", [0, 5, 3000])
+@pytest.mark.parametrize("by", ["server", "secure"])
+def test_bytes_go_to_their_places_however_those_are_cut_and_however_they_come(
+    request: pytest.FixtureRequest, by: str, cuts: int, answer: Answer
+) -> None:
+    served: RangeServer = request.getfixturevalue(by)
+    served.script = lambda number: answer
+    ranges = open_ranges(ServedFolder(served.url), 5.0)
+    end = len(CONTENT) // 2
+    bounds = [0, *sorted(np.random.default_rng(cuts).integers(0, end, cuts).tolist()), end]  # some places are empty
+    for _ in range(3):  # on one connection, where it stays
+        own = [memoryview(bytearray(last - first)) for first, last in pairwise(bounds)]
+        assert ranges.read("shard", 0, Call(), Pieces(own))[0] == end
+        assert b"".join(own) == CONTENT[:end]
+    assert len(served.connections) == (3 if answer in (chunked, then_closed, all_of_it) else 1)
+    ranges.close()
 
 
 def test_closing_ends_a_handshake_that_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:

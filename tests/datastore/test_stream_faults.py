@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
-from datastore import disk_cache
+from datastore import disk_cache, shards
 from datastore.batch import Batch
 from datastore.errors import EXIT_UNAVAILABLE, StoreError, ViewpointError
 from datastore.fetch import FetchConfig
@@ -66,18 +66,27 @@ class Stores:
     batches: list[WholeBatch]
 
 
-@pytest.fixture(scope="module")
-def stores(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Stores:
+@pytest.fixture(scope="module", params=["copied", "straight to their places"])
+def stores(
+    request: pytest.FixtureRequest, s3_server: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stores]:
+    """Rows are copied to batches, as packed ones are, or go straight to their places there, as large raw ones do."""
+    goes_straight = request.param != "copied"
     local_url = str(tmp_path_factory.mktemp("faults") / "store")
     fields = ("points", "views", "visibility", "label", "split", "id")
-    store = write_small_store(local_url, small_attributes(320, block_rows=16), fields)
+    splits = ("train",) if goes_straight else ("train", "test")
+    store = write_small_store(local_url, small_attributes(320, block_rows=16, splits=splits), fields)
     write_blocks(store, range(store.num_blocks), create_teacher(store, small_teacher()))
     publish(store)
     with s3_means(s3_server):
         s3_url = f"{new_bucket()}/store"
         fsspec.filesystem("s3").put(local_url, s3_url, recursive=True)
     with stream_of(local_url) as stream:
-        return Stores(local_url, s3_url, read(stream))
+        expected = read(stream)
+    with pytest.MonkeyPatch.context() as patch:
+        if goes_straight:
+            patch.setattr("datastore.shards._SMALL_CHUNK_BYTES", 0)
+        yield Stores(local_url, s3_url, expected)
 
 
 @dataclass(frozen=True)
@@ -422,6 +431,7 @@ def _read(
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("datastore").addHandler(handler)
+    shards._KEPT_BYTES = 2**12  # chunks of these small shapes would all be remembered
     if killed_at_write:
         disk_cache.write_whole = _deadly(disk_cache.write_whole, killed_at_write)
     with stream_of(stores.s3_url, **settings) as stream, stream_of(stores.local_url) as local_stream:
