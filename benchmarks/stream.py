@@ -60,9 +60,9 @@ CONTENDS: Final = 2.0
 
 SETTINGS: Final[dict[str, dict[str, Any]]] = {
     # Less memory than the samples take, so that an epoch is read and not remembered.
-    "points": {"memory_gib": 0.4},
-    "views": {"memory_gib": 0.9},
-    "features": {"memory_gib": 0.4},
+    "points": {"memory_gib": 0.7},
+    "views": {"memory_gib": 1.1},
+    "features": {"memory_gib": 0.5},
 }
 
 SPEED_GEOMETRIC_MEAN = 2.0

@@ -50,11 +50,12 @@ class Samples:
             # rows that this process does not need: where a lane begins or ends, or is another's too
             is_aligned = not first % chunk_rows and not unit_samples % chunk_rows
             return decoded if is_aligned else decoded + 2 * chunk_rows * reader.row_bytes
-        if spread == 1 and not first % chunk_rows and not unit_samples % chunk_rows and reader.takes_whole_rows:
-            return decoded + math.ceil(unit_samples * reader.encoded_row_bytes)
-        # chunks that are not of one unit alone, and rows of other splits in between; such chunks are unpacked by themselves
-        num_rows = unit_samples * spread + 2 * chunk_rows
-        return decoded + math.ceil(num_rows * reader.encoded_row_bytes) + chunk_rows * reader.row_bytes
+        if chunk_rows == 1:  # of many rows that are small
+            return decoded + math.ceil(unit_samples * spread * reader.encoded_row_bytes)
+        # beside what comes one chunk, unpacked; and chunks that are not of one unit alone, and rows of other splits in between
+        is_aligned = spread == 1 and not first % chunk_rows and not unit_samples % chunk_rows
+        num_rows = unit_samples if is_aligned else unit_samples * spread + 2 * chunk_rows
+        return math.ceil(num_rows * reader.encoded_row_bytes) + chunk_rows * reader.stored_row_bytes
 
     def rows_of(self, unit: int) -> Int64[np.ndarray, " r"]:
         """Rows of the store that a unit's samples are."""
@@ -251,8 +252,22 @@ class Drafts:
         reader, rows = self._samples.readers[name], self._samples.rows_of(visit.unit)
         if reader.reads_into_places(rows) and all(draft.fields[name].views is None for draft, _ in visit.runs):
             self._read_into_places(name, visit, int(rows[0]), len(rows))
+        elif reader.chunk_rows > 1:
+            self._copy_by_chunk(name, visit, rows)
         else:
             self._copy(reader.read(rows), name, visit)
+
+    def _copy_by_chunk(self, name: str, visit: Visit, rows: Int64[np.ndarray, " r"]) -> None:
+        """Rows to their places, without memory for all of them on the way."""
+        wanted: list[list[tuple[FieldRows, int]]] = [[] for _ in rows]
+        for draft, run in visit.runs:
+            for place, row in enumerate(draft.plan.rows[run.start : run.end], start=run.start):
+                wanted[row].append((draft.fields[name], place))
+        for first, chunk, places in self._samples.readers[name].read_by_chunk(rows):
+            for row, place_in_chunk in enumerate(places, start=first):
+                for field, place in wanted[row]:
+                    content = chunk[place_in_chunk]
+                    field.rows[place] = content if field.views is None else content[field.views[place]]
 
     def _copy(self, content: np.ndarray, name: str, visit: Visit) -> None:
         """Rows of a unit to their places."""

@@ -59,7 +59,8 @@ class ShardReader:
         # looked up for every read
         self.row_bytes: Final = math.prod(self._kept) * self._item_bytes  # memory that one row takes
         self.takes_whole_rows: Final = self._kept == stored.stored_row_shape  # whether all of a row is kept
-        chunk_bytes = stored.chunk_rows * math.prod(stored.stored_row_shape) * self._item_bytes
+        self.stored_row_bytes: Final = math.prod(stored.stored_row_shape) * self._item_bytes  # and all of it
+        chunk_bytes = stored.chunk_rows * self.stored_row_bytes
         # neighbours that are decoded together whether asked for or not; 1 where that costs nothing
         self.chunk_rows: Final = stored.chunk_rows if chunk_bytes > _SMALL_CHUNK_BYTES else 1
 
@@ -118,20 +119,44 @@ class ShardReader:
         for start, end in _runs(rows // self.stored.shard_rows):
             yield int(rows[start] // self.stored.shard_rows), start, end
 
+    def read_by_chunk(
+        self, rows: Int64[np.ndarray, " r"]
+    ) -> Iterator[tuple[int, Shaped[np.ndarray, "c ..."], list[int]]]:
+        """As `read`, chunk by chunk, each unpacked to the same memory: how many of the rows came before, the chunk, and the
+        places in it of those that come with it.
+        """
+        with self._fetcher.turn():
+            decoded = self._fetcher.buffers.empty((self.stored.chunk_rows, *self.stored.stored_row_shape), self._dtype)
+            for shard, first, end in self._by_shard(rows):
+                in_shard = rows[first:end] - shard * self.stored.shard_rows
+                for content, start, places in self._chunks_of(shard, in_shard):
+                    self._decode(content, decoded)
+                    yield (
+                        first + start,
+                        decoded if self.takes_whole_rows else decoded[:, : self._kept[0]],
+                        places.tolist(),
+                    )
+
     def _read_shard(self, shard: int, rows: Int64[np.ndarray, " r"], result: np.ndarray) -> None:
         """Rows by their place in one shard. Only chunks that hold one of them are fetched and decoded."""
-        chunk_rows = self.stored.chunk_rows
-        chunk_of_row = rows // chunk_rows
-        wanted = list(_runs(chunk_of_row))
-        encoded = self._encoded(shard, [int(chunk_of_row[start]) for start, _ in wanted])
-        for (chunk, content), (start, end) in zip(encoded.items(), wanted, strict=True):
-            if self.takes_whole_rows and end - start == chunk_rows:
+        for content, start, places in self._chunks_of(shard, rows):
+            end = start + len(places)
+            if self.takes_whole_rows and len(places) == self.stored.chunk_rows:
                 self._decode(content, result[start:end])
                 continue
-            decoded = self._fetcher.buffers.empty((chunk_rows, *self.stored.stored_row_shape), self._dtype)
+            decoded = self._fetcher.buffers.empty((self.stored.chunk_rows, *self.stored.stored_row_shape), self._dtype)
             self._decode(content, decoded)
-            places = rows[start:end] - chunk * chunk_rows
             result[start:end] = (decoded if self.takes_whole_rows else decoded[:, : self._kept[0]])[places]
+
+    def _chunks_of(
+        self, shard: int, rows: Int64[np.ndarray, " r"]
+    ) -> Iterator[tuple[memoryview, int, Int64[np.ndarray, " c"]]]:
+        """Chunks of a shard that hold some of the rows: encoded, the number of the first of those, and their places in it."""
+        chunk_of_row, places = np.divmod(rows, self.stored.chunk_rows)
+        wanted = list(_runs(chunk_of_row))
+        encoded = self._encoded(shard, [int(chunk_of_row[start]) for start, _ in wanted])
+        for content, (start, end) in zip(encoded.values(), wanted, strict=True):
+            yield content, start, places[start:end]
 
     def _read_into(self, shard: int, first_row: int, places: Sequence[memoryview | None]) -> None:
         """Neighbouring rows of one shard. Chunks that they share with others come whole, as their checksums need all of it."""

@@ -45,7 +45,7 @@ class RowNumbers:
 
     stored = SimpleNamespace(field=FIELDS["label"], stored_dtype="int64")
     row_shape = ()
-    row_bytes = encoded_row_bytes = 8
+    row_bytes = stored_row_bytes = encoded_row_bytes = 8
     chunk_rows = 1
     takes_whole_rows = True
 
