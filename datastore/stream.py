@@ -164,7 +164,7 @@ class Stream(Generic[BatchT]):
         self.samples_seen = start
         self.data_wait_seconds = 0.0
         self._fetcher = fetcher
-        self._rows = samples.rows
+        self._rows, self._unit_samples = samples.rows, samples.order.unit_samples
         self._shares = shares
         self._form = form
         self._epoch = start // shares.global_batch // lanes.num_batches
@@ -183,8 +183,8 @@ class Stream(Generic[BatchT]):
 
     @property
     def rows_digest(self) -> str:
-        """Tells what is read from what another choice of samples, or another store, would have read."""
-        return self._rows.digest
+        """Tells what is read, and its order, from what another choice of samples, store or size of units would give."""
+        return f"{self._rows.digest}/{self._unit_samples}"
 
     @property
     def bytes_read(self) -> int:

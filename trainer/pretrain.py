@@ -145,8 +145,9 @@ def pretrain(
         stream = closing.enter_context(patience.persist(open_it, f"read {store.url}"))
         if position.rows_digest not in (None, stream.rows_digest):
             raise DoNotRetry(
-                f"This run would go on with other samples than those it began with: {store.url} or the list that "
-                f"data.shapes_url names is not what it was. Put it back, or begin a run of another name (--run)."
+                f"This run would go on with other samples than those it began with, or in another order: {store.url}, the "
+                f"list that data.shapes_url names or data.unit_samples is not what it was. Put it back, or begin a run of "
+                f"another name (--run)."
             )
         position = replace(position, rows_digest=stream.rows_digest)
         total_steps = config.total_steps(stream.steps_per_epoch)
