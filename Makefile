@@ -54,7 +54,7 @@ test-all: $(VENV)/.installed-dev ## also the slow ones and those that need a ser
 
 test-s3: $(VENV)/.installed-dev ## the tests with an object store, against Ceph's (root installs Debian's packages)
 	@tests/radosgw.sh install
-	@VIEWPOINT_TEST_S3=radosgw $(BIN)/python -m pytest -q -m s3 $(ARGS)
+	@VIEWPOINT_TEST_S3=radosgw $(BIN)/python -m pytest -q -m s3 --ignore tests/cluster $(ARGS)
 
 # a KUBECONFIG of the environment does not count: nobody's cluster is tested on by accident
 test-cluster: $(VENV)/.installed-dev ## kubectl and pods against the double of a cluster; KUBECONFIG=file: kubectl against that real one
