@@ -16,7 +16,7 @@ from typing import Final
 
 import psutil
 
-from datastore.errors import EXIT_DO_NOT_RETRY, EXIT_DONE, ViewpointError
+from datastore.errors import EXIT_DO_NOT_RETRY, EXIT_DONE, DoNotRetry, ViewpointError
 
 HELP = "check this machine, and a store or a recipe if you name one"
 
@@ -90,10 +90,15 @@ def examine(data_url: str | None, recipe: str | None, runs: Path) -> Iterator[Fi
         return
     yield _guarded("rays", _one_ray)
     yield _guarded("collectives", _one_all_reduce)
+    named = []
     if data_url is not None:
-        yield _guarded("store", lambda: _store(data_url))
+        named.append(_guarded("store", lambda: _store(data_url)))
+        yield named[-1]
     if recipe is not None:
-        yield _guarded("recipe", lambda: _recipe(recipe, demo=data_url is None))
+        named.append(_guarded("recipe", lambda: _recipe(recipe, demo=data_url is None)))
+        yield named[-1]
+    if data_url is not None and recipe is not None and all(finding.ok for finding in named):
+        yield _guarded("shapes", lambda: _recipe_on_store(recipe, data_url))
 
 
 def _guarded(name: str, check: Callable[[], str]) -> Finding:
@@ -270,3 +275,17 @@ def _recipe(recipe: str, *, demo: bool) -> str:
     worlds = ", ".join(map(str, worlds_for(config.global_batch)))
     batch = f"global batch {config.global_batch}, divided evenly by {worlds} processes"
     return f"{config.job}: objective {config.objective.kind}, {batch}"
+
+
+def _recipe_on_store(recipe: str, url: str) -> str:
+    from datastore.layout import open_store
+    from launcher.store_size import num_available, say_shortage
+    from trainer.config import load_recipe
+
+    config, store = load_recipe(recipe, demo=False), open_store(url)
+    available = num_available(config, store)
+    if config.global_batch > available:
+        raise DoNotRetry(
+            f"{say_shortage(config, available)}. Ingest more shapes, or launch with --set global_batch={available}"
+        )
+    return f"split {config.data.split!r} has {available:,}, {available // config.global_batch:,} steps an epoch"

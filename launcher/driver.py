@@ -26,6 +26,7 @@ from launcher.rendezvous import RendezvousStore
 from launcher.runs import COMPLETE, ChosenRun, choose_run, continued, is_same_training, pinned
 from launcher.spec import LaunchSpec, check_world, node_counts_for, worlds_for
 from launcher.stop import STOP_REQUESTED, StopRequest, Urgency
+from launcher.store_size import refuse_small_corpus, refuse_small_store
 from launcher.summary import STEP_FINISHED, results_of, summarise
 from launcher.tail import last_lines
 from launcher.terminal import Screen, describe_end, open_screen
@@ -40,8 +41,11 @@ _FAILURE_LINES: Final = 15
 def launch(spec: LaunchSpec, *, command: str, dry_run: bool = False, as_json: bool = False) -> int:
     """Runs a job to its report and returns the exit code; `command` is what the person typed, to be repeated."""
     goal, run = resolve(spec)
+    steps = plan(goal, observe(goal))
+    if not run.is_complete:
+        refuse_small_store(goal, spec.layout, steps)
     if dry_run:
-        print_plan(goal, spec, plan(goal, observe(goal)), this_machine(), as_json=as_json)
+        print_plan(goal, spec, steps, this_machine(), as_json=as_json)
         return EXIT_DONE
     with ExitStack() as held, open_screen() as screen:
         if run.is_complete:
@@ -172,6 +176,8 @@ class _Launch:
                 outcome = self._step(step, store, stop, presence)
                 if outcome.exit_code != EXIT_DONE:
                     return self._broken_off(step, outcome)
+                if step.kind == "ingest":
+                    refuse_small_corpus(self._run, self._goal, self._spec.layout, steps)
             self._run.append_event(COMPLETE, seconds=time.monotonic() - started)
         return EXIT_DONE
 
