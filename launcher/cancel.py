@@ -35,8 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """0 when the run has stopped."""
     from launcher.presence import holder_of
-    from launcher.runs import COMPLETE, find_run
+    from launcher.runs import COMPLETE
     from launcher.stop import STOP_REQUESTED
+    from trainer.runfolder import find_run
 
     folder = find_run(arguments.run)
     holder = holder_of(folder)

@@ -31,9 +31,8 @@ from launcher.summary import STEP_FINISHED, results_of, summarise
 from launcher.tail import last_lines
 from launcher.terminal import Screen, describe_end, open_screen
 from trainer.config import RunConfig, load_recipe
-from trainer.runfolder import RunFolder
+from trainer.runfolder import RUNS_URL, RunFolder
 
-_RUNS_FOLDER: Final = "runs"
 _DEMO_FOLDER: Final = "demo"
 _FAILURE_LINES: Final = 15
 
@@ -67,7 +66,7 @@ def launch(spec: LaunchSpec, *, command: str, dry_run: bool = False, as_json: bo
 
 def resolve(spec: LaunchSpec) -> tuple[Goal, ChosenRun]:
     """What the launch is about, and which run it continues or starts; starts nothing and writes nothing."""
-    runs_url = (spec.runs_url or _RUNS_FOLDER).rstrip("/")
+    runs_url = (spec.runs_url or RUNS_URL).rstrip("/")
     config = load_recipe(spec.job, demo=spec.is_demo, assignments=spec.assignments, store_url=spec.data_url)
     shared_url = f"{runs_url}/{_DEMO_FOLDER}" if spec.is_demo else runs_url
     if spec.is_demo:

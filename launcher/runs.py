@@ -42,27 +42,6 @@ def choose_run(runs_url: str, name: str | None, config: RunConfig, *, same_store
     return ChosenRun(RunFolder(f"{runs_url}/{config.job}-{max(numbers, default=0) + 1}"), config, is_new=True)
 
 
-def find_run(run: str) -> RunFolder:
-    """The run at a URL or path, or of that name in ./runs; an error that lists what is there where there is none."""
-    for url in (run,) if "://" in run else (run, f"runs/{run}"):
-        folder = RunFolder(url)
-        if folder.exists():
-            return folder
-    parent, _, _ = run.rstrip("/").rpartition("/")
-    names = run_names(parent or "runs")
-    known = f"Runs in {parent or './runs'}: {', '.join(names)}." if names else "Start one with `viewpoint launch JOB`."
-    raise DoNotRetry(f"{run} is no run folder: it has no config.yaml. {known}")
-
-
-def run_names(runs_url: str) -> list[str]:
-    """Names of the runs in a folder; none where there is no folder."""
-    filesystem, root = fsspec.core.url_to_fs(runs_url, use_listings_cache=False)
-    if not filesystem.isdir(root):
-        return []
-    names = (Path(path).name for path in filesystem.ls(root, detail=False))
-    return sorted(name for name in names if RunFolder(f"{runs_url}/{name}").exists())
-
-
 def is_same_training(one: RunConfig, other: RunConfig) -> bool:
     """Whether going on with the other config would not change what is trained."""
     return _unpinned(one).hash() == _unpinned(other).hash()

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the state, once or again and again."""
-    from launcher.runs import find_run
+    from trainer.runfolder import find_run
 
     folder = find_run(arguments.run)
     while True:

@@ -23,7 +23,7 @@ HELP = "write a run's encoder as safetensors with a model card"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The stage's options."""
-    parser.add_argument("run", metavar="RUN", help="URL of the run folder")
+    parser.add_argument("run", metavar="RUN", help="the run's folder, or its name in ./runs")
     parser.add_argument("destination", metavar="DIR", help="folder to write, local or object storage")
     parser.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the newest)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the folder and says how to use it."""
-    from trainer.runfolder import RunFolder
+    from trainer.runfolder import find_run
 
-    training = export_run(RunFolder(arguments.run), arguments.step, arguments.destination)
+    training = export_run(find_run(arguments.run), arguments.step, arguments.destination)
     if arguments.json:
         print(json.dumps({"exported": arguments.destination, **training}), flush=True)
     else:

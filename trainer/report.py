@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
-from datastore.errors import EXIT_DONE, AskedWrongly, StoreError
+from datastore.errors import EXIT_DONE, StoreError
 from datastore.progress import format_seconds
 from trainer.charts import ABSENT
 from trainer.evaluate.linear_svm import PROTOCOLS
@@ -30,7 +30,7 @@ _SHOWN_HASH_DIGITS: Final = 12
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The stage's options."""
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="URL of a run folder")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="the run's folder, or its name in ./runs")
     parser.add_argument(
         "--out", metavar="FILE", help="page to write (default: RUN/report.html; of several runs, ./comparison.html)"
     )
@@ -40,14 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Writes the page and prints where it lies."""
     from trainer.page import render
-    from trainer.runfolder import RunFolder
+    from trainer.runfolder import find_run
 
-    folders = [RunFolder(url) for url in arguments.runs]
-    for folder in folders:
-        if not folder.exists():
-            raise AskedWrongly(
-                f"{folder.url} is no run folder: it has no config.yaml. `viewpoint launch JOB` makes one."
-            )
+    folders = [find_run(run) for run in arguments.runs]
     page = render([read_run(folder) for folder in folders], made=_made(arguments.runs))
     if arguments.out is None and len(folders) == 1:
         folders[0].write_text("report.html", page)

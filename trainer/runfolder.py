@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Final
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -26,6 +26,9 @@ from trainer.journal import Journal
 from trainer.lines import append_line, is_shared, records_of
 
 Record = dict[str, Any]
+
+RUNS_URL: Final = "runs"
+"""Where runs lie unless somebody says otherwise."""
 
 
 class RunFolder:
@@ -195,3 +198,28 @@ class RunFolder:
         for name, content in sorted(objects.read_all(names).items()):
             records += records_of(content, f"{self.url}/{name}")
         return iter(sorted(records, key=lambda record: float(record.get("time", 0.0))))
+
+
+def find_run(run: str) -> RunFolder:
+    """The run at a URL or path, or of that name in ./runs; an error that lists what is there where there is none."""
+    for url in (run,) if "://" in run else (run, f"{RUNS_URL}/{run}"):
+        folder = RunFolder(url)
+        if folder.exists():
+            return folder
+    parent, _, _ = run.rstrip("/").rpartition("/")
+    names = run_names(parent or RUNS_URL)
+    known = (
+        f"Runs in {parent or f'./{RUNS_URL}'}: {', '.join(names)}."
+        if names
+        else "Start one with `viewpoint launch JOB`."
+    )
+    raise DoNotRetry(f"{run} is no run folder: it has no config.yaml. {known}")
+
+
+def run_names(runs_url: str) -> list[str]:
+    """Names of the runs in a folder; none where there is no folder."""
+    filesystem, root = fsspec.core.url_to_fs(runs_url, use_listings_cache=False)
+    if not filesystem.isdir(root):
+        return []
+    names = (Path(path).name for path in filesystem.ls(root, detail=False))
+    return sorted(name for name in names if RunFolder(f"{runs_url}/{name}").exists())

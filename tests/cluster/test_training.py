@@ -16,12 +16,11 @@ import yaml
 from datastore.errors import EXIT_DONE, EXIT_STOPPED
 from launcher.__main__ import main
 from launcher.network import why_not
-from launcher.runs import run_names
 from tests.cluster.job_controller import exit_codes
 from tests.cluster.kubelet import NODE
 from tests.cluster.site import NAMESPACE, Site, copy_checkout, copy_manifests, running_site
 from tests.runs import tiny_config, write_corpus
-from trainer.runfolder import RunFolder
+from trainer.runfolder import RunFolder, run_names
 
 JOB = "viewpoint-train"
 QUIET_START_SECONDS = 30.0

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from datastore.errors import AskedWrongly, DoNotRetry
-from launcher.runs import COMPLETE, choose_run, find_run, is_same_training, pinned
+from launcher.runs import COMPLETE, choose_run, is_same_training, pinned
 from trainer.config import RunConfig, load_recipe
 from trainer.runfolder import RunFolder
 
@@ -83,14 +83,3 @@ def test_a_run_stays_with_the_teacher_that_it_began_with(tmp_path: Path) -> None
 def test_a_name_that_is_a_path_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(AskedWrongly, match="--runs"):
         chosen(tmp_path, recipe(), name)
-
-
-def test_a_run_is_found_by_its_path_or_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start(tmp_path / "runs", "mine", recipe())
-    monkeypatch.chdir(tmp_path)
-    assert find_run("mine").url == "runs/mine"
-    assert find_run(str(tmp_path / "runs" / "mine")).name == "mine"
-    with pytest.raises(DoNotRetry, match=r"Runs in \./runs: mine"):
-        find_run("yours")
-    with pytest.raises(DoNotRetry, match=r"memory://nowhere/runs/mine is no run folder"):
-        find_run("memory://nowhere/runs/mine")

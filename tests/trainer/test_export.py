@@ -72,6 +72,16 @@ def test_a_step_that_is_not_there_is_refused_with_those_that_are(tiny_run: RunFo
         run(arguments(str(tmp_path), str(tmp_path / "out")))
 
 
+def test_a_run_is_named_as_status_names_it(
+    tiny_run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(tiny_run.url)
+    monkeypatch.chdir(tmp_path)
+    assert run(arguments("mine", "out")) == 0
+    assert (tmp_path / "out" / "model.json").is_file()
+
+
 def test_the_folder_says_what_it_is(tiny_run: RunFolder, tiny_corpus: Store, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(arguments(tiny_run.url, str(out)))

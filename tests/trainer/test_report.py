@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from datastore.errors import AskedWrongly
+from datastore.errors import DoNotRetry
 from datastore.layout import Store
 from tests.runs import tiny_config
 from trainer import evaluate
@@ -320,8 +320,17 @@ def test_several_runs_make_a_page_of_their_own(
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AskedWrongly, match=r"is no run folder: it has no config\.yaml"):
+    with pytest.raises(DoNotRetry, match=r"is no run folder: it has no config\.yaml"):
         run(arguments(str(tmp_path)))
+
+
+def test_a_run_is_named_as_status_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "runs" / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert run(arguments("mine")) == 0
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file()
+    with pytest.raises(DoNotRetry, match=r"Runs in \./runs: mine"):
+        run(arguments("yours"))
 
 
 def test_a_real_run_is_reported_with_a_picture_of_its_corpus(

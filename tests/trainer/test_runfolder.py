@@ -10,7 +10,7 @@ import pytest
 from datastore.errors import DoNotRetry
 from trainer import runfolder
 from trainer.config import load_recipe
-from trainer.runfolder import RunFolder
+from trainer.runfolder import RunFolder, find_run
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -181,3 +181,14 @@ def test_on_a_disk_that_machines_share_each_process_has_a_file_of_its_own(
         RunFolder(str(tmp_path), writer=writer).append_event(writer)
     assert len(list(tmp_path.glob("events-*.jsonl"))) == 2
     assert sorted(event["event"] for event in RunFolder(str(tmp_path)).events()) == ["nodes", "rank-0"]
+
+
+def test_a_run_is_found_by_its_path_or_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RunFolder(f"{tmp_path}/runs/mine").write_config(load_recipe("pointmcd", demo=True))
+    monkeypatch.chdir(tmp_path)
+    assert find_run("mine").url == "runs/mine"
+    assert find_run(str(tmp_path / "runs" / "mine")).name == "mine"
+    with pytest.raises(DoNotRetry, match=r"Runs in \./runs: mine"):
+        find_run("yours")
+    with pytest.raises(DoNotRetry, match=r"memory://nowhere/runs/mine is no run folder"):
+        find_run("memory://nowhere/runs/mine")
