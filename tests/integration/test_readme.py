@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from datastore.demo import DemoSpec, demo_mesh, demo_shapes
+from trainer.recipes import recipe_path
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()
@@ -33,7 +34,13 @@ WORDS_ADDED = {
     "viewpoint ingest meshes/ shapes.zarr": [],
     "viewpoint inspect shapes.zarr --verify --contact-sheet shapes.png": [],
     # the published settings train for days; what they would run is planned whole, from what the store holds
-    "viewpoint launch pointmcd --nodes 4 --data shapes.zarr --prepare": ["--dry-run"],
+    "viewpoint launch pointmcd --nodes 4 --data shapes.zarr --prepare": [
+        "--dry-run",
+        "--set",
+        "global_batch=16",
+        "--set",
+        "prepare.teacher_job=./pointmcd_teacher.yaml",
+    ],
 }
 
 
@@ -87,6 +94,8 @@ def test_shapes_of_ones_own_are_ingested_inspected_and_planned_for(tmp_path: Pat
     inspected = run("viewpoint inspect shapes.zarr --verify --contact-sheet shapes.png", tmp_path)
     assert "bottle" in inspected.stdout
     assert (tmp_path / "shapes.png").stat().st_size > 10_000
+    teacher = recipe_path("pointmcd_teacher", demo=False).read_text()  # both take more shapes a step than these few
+    (tmp_path / "pointmcd_teacher.yaml").write_text(teacher.replace("global_batch: 48", "global_batch: 16"))
     planned = run("viewpoint launch pointmcd --nodes 4 --data shapes.zarr --prepare", tmp_path)
     assert "--node 3" in planned.stdout
 
