@@ -23,7 +23,7 @@ COMMANDS: Final[dict[str, CommandInfo]] = {
     "launch": CommandInfo(
         "JOB --nodes N", "run a job to its report: prepare what is missing, train, compare, evaluate"
     ),
-    "status": CommandInfo("RUN", "what a run is doing now, or did"),
+    "status": CommandInfo("[RUN]", "what a run is doing now, or did; without RUN, which runs there are"),
     "cancel": CommandInfo("RUN", "stop a run after a checkpoint; the same launch goes on later"),
     "report": CommandInfo(
         "RUN...",

@@ -1,4 +1,4 @@
-"""`viewpoint status`: what a run is doing now, or did, from what lies in its folder."""
+"""`viewpoint status`: what a run is doing now, or did, from what lies in its folder; without a name, which runs there are."""
 
 import argparse
 import json
@@ -6,16 +6,18 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from datastore.errors import EXIT_DONE
+from datastore.errors import EXIT_DONE, ViewpointError
 from datastore.progress import format_seconds
 
 if TYPE_CHECKING:
     from trainer.runfolder import RunFolder
 
-HELP = "what a run is doing now, or did"
+HELP = "what a run is doing now, or did; without RUN, which runs there are"
 
 EXAMPLES = """\
 examples:
+  viewpoint status
+  viewpoint status --runs s3://bucket/runs
   viewpoint status pointmcd-1
   viewpoint status s3://bucket/runs/pointmcd-1 --json
   viewpoint status pointmcd-1 --watch
@@ -28,20 +30,31 @@ Record = Mapping[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `viewpoint status`."""
-    parser.add_argument("run", metavar="RUN", help="the run's folder, or its name in ./runs")
-    parser.add_argument("--watch", action="store_true", help="look again every 2 seconds while something works on it")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument(
+        "run", metavar="RUN", nargs="?", help="the run's folder, or its name in --runs; without it, all runs there"
+    )
+    parser.add_argument("--runs", metavar="URL", default="runs", help="folder of all runs (default: ./runs)")
+    parser.add_argument("--watch", action="store_true", help="look again every 2 seconds while something is worked on")
+    parser.add_argument("--json", action="store_true", help="one JSON object a run")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the state, once or again and again."""
-    from trainer.runfolder import find_run
+    from trainer.runfolder import RunFolder, find_run, run_names
 
-    folder = find_run(arguments.run)
+    runs_url = arguments.runs.rstrip("/")
+    folder = None if arguments.run is None else find_run(arguments.run, runs_url)
     while True:
-        state = state_of(folder)
-        print(json.dumps(state) if arguments.json else describe(state, time.time()), flush=True)
-        if not (arguments.watch and state["working"]):
+        found = [RunFolder(f"{runs_url}/{name}") for name in run_names(runs_url)] if folder is None else [folder]
+        states = [state_of(each) for each in found]
+        if arguments.json:
+            for state in states:
+                print(json.dumps(state), flush=True)
+        elif folder is not None:
+            print(describe(states[0], time.time()), flush=True)
+        else:
+            print(describe_all(states, runs_url, time.time()), flush=True)
+        if not (arguments.watch and any(state["working"] for state in states)):
             return EXIT_DONE
         time.sleep(_WATCH_SECONDS)
 
@@ -51,14 +64,19 @@ def state_of(folder: "RunFolder") -> dict[str, Any]:
     from launcher.presence import holder_of
 
     holder = holder_of(folder)
-    trainings = {"": folder} | folder.arms()
+    trainings = [_training(name, run) for name, run in ({"": folder} | folder.arms()).items()]
+    events = folder.events()
+    times = [
+        each["time"] for each in (*events[-1:], *(training["last"] or {} for training in trainings)) if "time" in each
+    ]
     return {
         "run": folder.url,
-        "job": folder.config().job,
+        "job": _job(folder),
         "working": holder is not None,
         "worker": str(holder) if holder is not None else None,
-        "state": _state(folder.events(), working=holder is not None),
-        "trainings": [_training(name, run) for name, run in trainings.items()],
+        "state": _state(events, working=holder is not None),
+        "time": max(times, default=None),
+        "trainings": trainings,
         "scores": {name: record["accuracy"] for name, record in folder.records().items()},
     }
 
@@ -72,6 +90,60 @@ def describe(state: Mapping[str, Any], now: float) -> str:
         lines += _describe_training(training, now)
     lines += [f"  {name}: {100 * accuracy:.1f} % of the test shapes" for name, accuracy in state["scores"].items()]
     return "\n".join(lines)
+
+
+def describe_all(states: Sequence[Mapping[str, Any]], runs_url: str, now: float) -> str:
+    """All runs for people, a line each, what happened last first."""
+    from trainer.runfolder import shown_folder
+
+    folder = shown_folder(runs_url)
+    if not states:
+        return (
+            f"There are no runs in {folder}. `viewpoint launch pointmcd --nodes 4` begins one that needs no data and no GPU; "
+            f"`viewpoint launch --help` says more. Runs that lie elsewhere: `viewpoint status --runs URL`."
+        )
+    rows = [
+        (
+            state["run"].rpartition("/")[2],
+            state["job"],
+            state["state"].partition("; ")[0],
+            _progress(state),
+            _when(state, now),
+        )
+        for state in sorted(states, key=lambda state: state["time"] or 0.0, reverse=True)
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(
+        [f"Runs in {folder}:", *(f"  {line}" for line in lines), "`viewpoint status NAME` says more of one."]
+    )
+
+
+def _progress(state: Mapping[str, Any]) -> str:
+    """How far a run's own training is, and what it was worth."""
+    training = state["trainings"][0]
+    last = training["last"]
+    parts = ["no step yet"] if last is None else [_step_of(training)]
+    parts += [
+        f"{name} {100 * accuracy:.1f} %" for name, accuracy in state["scores"].items() if name.partition(".")[2] == ""
+    ]
+    return ", ".join(parts)
+
+
+def _step_of(training: Record) -> str:
+    return f"step {training['last']['step']:,} of {training['total_steps']:,}"
+
+
+def _when(state: Mapping[str, Any], now: float) -> str:
+    return f"{format_seconds(max(0.0, now - state['time']))} ago" if state["time"] is not None else ""
+
+
+def _job(folder: "RunFolder") -> str:
+    """The job's name; a config that this release cannot read hides nothing else of the run."""
+    try:
+        return folder.config().job
+    except ViewpointError:
+        return "unreadable config.yaml"
 
 
 def _state(events: Sequence[Record], *, working: bool) -> str:
@@ -116,7 +188,7 @@ def _describe_training(training: Record, now: float) -> list[str]:
     if last is None:
         return [f"  {training['name']}: no step yet"]
     parts = [
-        f"step {last['step']:,} of {training['total_steps']:,}",
+        _step_of(training),
         f"loss {last['loss']:.4g}",
         f"{last['samples_per_second']:,.0f} samples/s",
         f"data wait {100 * last['data_wait_share']:.0f}%",

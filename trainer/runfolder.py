@@ -200,20 +200,25 @@ class RunFolder:
         return iter(sorted(records, key=lambda record: float(record.get("time", 0.0))))
 
 
-def find_run(run: str) -> RunFolder:
-    """The run at a URL or path, or of that name in ./runs; an error that lists what is there where there is none."""
-    for url in (run,) if "://" in run else (run, f"{RUNS_URL}/{run}"):
+def find_run(run: str, runs_url: str = RUNS_URL) -> RunFolder:
+    """The run at a URL or path, or of that name in a folder; an error that lists what is there where there is none."""
+    for url in (run,) if "://" in run else (run, f"{runs_url}/{run}"):
         folder = RunFolder(url)
         if folder.exists():
             return folder
     parent, _, _ = run.rstrip("/").rpartition("/")
-    names = run_names(parent or RUNS_URL)
+    names = run_names(parent or runs_url)
     known = (
-        f"Runs in {parent or f'./{RUNS_URL}'}: {', '.join(names)}."
+        f"Runs in {parent or shown_folder(runs_url)}: {', '.join(names)}."
         if names
         else "Start one with `viewpoint launch JOB`."
     )
     raise DoNotRetry(f"{run} is no run folder: it has no config.yaml. {known}")
+
+
+def shown_folder(url: str) -> str:
+    """A folder's URL for people: what lies in the working directory can be seen to."""
+    return url if "/" in url else f"./{url}"
 
 
 def run_names(runs_url: str) -> list[str]:

@@ -137,3 +137,40 @@ def test_cancel_waits_for_all_parts_of_a_stage_and_takes_its_request_back(
     assert ended == [0, 1]
     parts.join()
     assert run.read_text(STOP_REQUESTED) is None, "the next start is not stopped by it"
+
+
+def test_without_a_name_all_runs_are_listed_the_newest_first(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.write_record("svm@heldout", {"accuracy": 0.875})
+    run.write_record("svm@heldout.random_weights", {"accuracy": 0.5})
+    train_a_bit(run)
+    run.append_event("launch_stopped", step="pretrain")
+    later = RunFolder(str(tmp_path / "later"))
+    later.write_config(tiny_config("store.zarr"))
+    later.append_event("launch_started", nodes=1)
+    of_an_earlier_release = RunFolder(str(tmp_path / "earlier"))
+    of_an_earlier_release.write_text("config.yaml", "colour: red\n")
+    with Presence(later):
+        assert main(["status", "--runs", str(tmp_path)]) == EXIT_DONE
+    assert capsys.readouterr().out.splitlines() == [
+        f"Runs in {tmp_path}:",
+        "  later    tiny                    running      no step yet                          0 s ago",
+        "  mine     tiny                    stopped      step 120 of 400, svm@heldout 87.5 %  0 s ago",
+        "  earlier  unreadable config.yaml  not running  no step yet",
+        "`viewpoint status NAME` says more of one.",
+    ]
+    assert main(["status", "--runs", str(tmp_path), "--json"]) == EXIT_DONE
+    states = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {state["run"] for state in states} == {later.url, run.url, of_an_earlier_release.url}
+    assert main(["status", "mine", "--runs", str(tmp_path)]) == EXIT_DONE
+    assert capsys.readouterr().out.startswith(f"{run.url} (tiny): stopped")
+
+
+def test_where_there_are_no_runs_it_says_how_to_begin_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["status"]) == EXIT_DONE
+    said = capsys.readouterr().out
+    assert said.startswith("There are no runs in ./runs. `viewpoint launch pointmcd --nodes 4` begins one")
