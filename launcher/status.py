@@ -4,6 +4,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
 from datastore.errors import EXIT_DONE, ViewpointError
@@ -24,6 +25,7 @@ examples:
 """
 
 _WATCH_SECONDS: Final = 2.0
+_OF_A_STEP: Final = ("samples_per_second", "data_wait_share")
 
 Record = Mapping[str, Any]
 
@@ -87,7 +89,7 @@ def describe(state: Mapping[str, Any], now: float) -> str:
         f"{state['run']} ({state['job']}): {state['state']}" + (f", {state['worker']}" if state["working"] else "")
     ]
     for training in state["trainings"]:
-        lines += _describe_training(training, now)
+        lines += _describe_training(training, now, working=state["working"])
     lines += [f"  {name}: {100 * accuracy:.1f} % of the test shapes" for name, accuracy in state["scores"].items()]
     return "\n".join(lines)
 
@@ -177,21 +179,21 @@ def _training(name: str, run: "RunFolder") -> dict[str, Any]:
         "finished": "finished" in latest,
         "total_steps": latest["started"]["total_steps"] if "started" in latest else None,
         "last": metrics[-1] if metrics else None,
+        "median": {key: median(line[key] for line in metrics) for key in _OF_A_STEP} if metrics else None,
         "saved": latest.get("saved"),
         "restarts": restarts_by_cause(events),
         "goodput": goodput(metrics[-1].get(ACCOUNT, {})) if metrics else None,
     }
 
 
-def _describe_training(training: Record, now: float) -> list[str]:
+def _describe_training(training: Record, now: float, *, working: bool) -> list[str]:
     last, saved = training["last"], training["saved"]
     if last is None:
         return [f"  {training['name']}: no step yet"]
     parts = [
         _step_of(training),
         f"loss {last['loss']:.4g}",
-        f"{last['samples_per_second']:,.0f} samples/s",
-        f"data wait {100 * last['data_wait_share']:.0f}%",
+        _speed(training, working=working),
         f"{format_seconds(max(0.0, now - last['time']))} ago",
     ]
     if saved is not None:
@@ -202,3 +204,10 @@ def _describe_training(training: Record, now: float) -> list[str]:
         causes = ", ".join(f"{count} {cause}" for cause, count in training["restarts"].items())
         parts.append(f"started again: {causes}")
     return [f"  {training['name']}: {'finished at ' if training['finished'] else ''}{', '.join(parts)}"]
+
+
+def _speed(training: Record, *, working: bool) -> str:
+    """Of the newest step while it trains; afterwards of the median step, as the report has it: no single one stands for all."""
+    is_live = working and not training["finished"]
+    figures, of_all = (training["last"], "") if is_live else (training["median"], " (median step)")
+    return f"{figures['samples_per_second']:,.0f} samples/s, data wait {100 * figures['data_wait_share']:.0f}%{of_all}"

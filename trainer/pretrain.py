@@ -9,10 +9,12 @@ import argparse
 import hashlib
 import logging
 import time
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from statistics import median
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
@@ -363,6 +365,7 @@ class Report:
             self._progress = Progress(config.job, total_steps, "steps", resumed=position.step)
         self._line_at, self._line_samples = time.monotonic(), position.samples_seen
         self._line_wait = stream.data_wait_seconds
+        self._rates, self._wait_shares = array("d"), array("d")  # of every line: what stays on the screen at the end
         self._closing = ExitStack()
 
     def __enter__(self) -> Self:
@@ -441,8 +444,13 @@ class Report:
         self._exporter.observe(figures, position.samples_seen)
         if self._progress is not None:
             self._folder.append_metrics(figures.record() | self._account_of_line())
-            rate, share = f"{figures.samples_per_second:.0f}", f"{100 * figures.data_wait_share:.0f}%"
-            self._progress.update(position.step, loss=figures.loss, **{"samples/s": rate, "data wait": share})
+            rate, share = figures.samples_per_second, figures.data_wait_share
+            self._rates.append(rate)
+            self._wait_shares.append(share)
+            if position.step == self._total_steps:  # what stays on the screen is of the whole stage
+                rate, share = median(self._rates), median(self._wait_shares)
+            note = {"samples/s": f"{rate:.0f}", "data wait": f"{100 * share:.0f}%"}
+            self._progress.update(position.step, loss=figures.loss, **note)
 
     def saved(self, saved: "Sequence[Saved]") -> None:
         """Notes checkpoints that were committed."""

@@ -63,6 +63,18 @@ def test_how_a_run_ended_is_told_apart(run: RunFolder) -> None:
     assert state_of(run)["state"] == "complete"
 
 
+def test_the_speed_is_the_newest_steps_while_it_trains_and_the_median_steps_afterwards(run: RunFolder) -> None:
+    train_a_bit(run)
+    for step, rate in ((121, 300.0), (122, 20.0)):
+        run.append_metrics({"step": step, "loss": 1.0, "samples_per_second": rate, "data_wait_share": 0.5})
+    with Presence(run):
+        assert " 20 samples/s, data wait 50%, " in describe(state_of(run), time.time())
+    assert " 300 samples/s, data wait 50% (median step), " in describe(state_of(run), time.time())
+    run.append_event("finished", step=122)
+    with Presence(run):  # another step of the launch
+        assert " 300 samples/s, data wait 50% (median step), " in describe(state_of(run), time.time())
+
+
 def test_scores_and_arms_are_shown(run: RunFolder) -> None:
     run.arm("distillation_off").write_config(tiny_config("store.zarr"))
     run.write_record("svm@heldout", {"accuracy": 0.875})

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from datastore.errors import (
 )
 from datastore.layout import INGEST, create_store, create_teacher, open_store
 from datastore.objects import ObjectFolder
+from datastore.progress import PROGRESS_DIR_VARIABLE
 from datastore.stream import Stream
 from datastore.write import BlockWriter, publish
 from tests.ranks import run_ranks
@@ -96,7 +98,10 @@ def _losses(run_url: str) -> list[tuple[int, float, float]]:
     return [(each["step"], each["loss"], each["grad_norm"]) for each in RunFolder(run_url).metrics()]
 
 
-def test_a_run_trains_saves_exports_and_says_so(store_url: str, tmp_path: Path) -> None:
+def test_a_run_trains_saves_exports_and_says_so(
+    store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PROGRESS_DIR_VARIABLE, str(tmp_path / "progress"))
     url = str(tmp_path / "run")
     config = _config(store_url, checkpoint={"every_steps": 3, "keep_last": 2})
     recipe = tmp_path / "recipe.yaml"
@@ -113,6 +118,10 @@ def test_a_run_trains_saves_exports_and_says_so(store_url: str, tmp_path: Path) 
     assert set(lines[-1]["terms"]) == {"task", "alignment", "transform_penalty"}
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert 0 <= lines[-1]["data_wait_share"] <= 1 and lines[-1]["samples_per_second"] > 0
+    (progress,) = (tmp_path / "progress").iterdir()
+    shown = json.loads(progress.read_text().splitlines()[-1])["note"]
+    typical = median(line["samples_per_second"] for line in lines)
+    assert shown["samples/s"] == f"{typical:.0f}", "what stays on the screen is of the whole stage"
     finished = folder.last_event("finished")
     assert finished is not None and finished["seconds"]["forward"] > 0
     wall_seconds = finished["time"] - (folder.events()[0]["time"] - sum(folder.events()[0]["account"].values()))
