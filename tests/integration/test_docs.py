@@ -26,6 +26,9 @@ from models.students import StudentConfig, build_student
 from models.students.masked_transformer import MaskedTransformerConfig
 from trainer.__main__ import main as trainer_main
 from trainer.cache import add_arguments as add_cache_arguments
+from trainer.config import load_recipe
+from trainer.evaluate import add_arguments as add_evaluate_arguments
+from trainer.evaluate.linear_svm import C_GRID, LARGEST_C, PROTOCOLS
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -171,3 +174,29 @@ def test_the_docs_name_every_kind_of_student() -> None:
     kinds = [config.model_fields["kind"].default for config in get_args(union)]
     assert len(kinds) >= 6
     assert [kind for kind in kinds if f'"kind": "{kind}"' not in page] == []
+
+
+def test_every_protocol_stands_in_the_docs_with_its_settings() -> None:
+    page = (DOCS / "evaluation.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in page.splitlines() if line.startswith("| `svm@")]
+    assert [row[:3] for row in rows] == [
+        [f"`{name}`", protocol.solver, "chosen" if protocol.c is None else f"{protocol.c:g}"]
+        for name, protocol in PROTOCOLS.items()
+    ]
+    for protocol, (*_, where) in zip(PROTOCOLS.values(), rows, strict=True):
+        assert protocol.c_chosen_on.partition(",")[0] in where
+    assert f"half decades from {C_GRID[0]:.4f} to {C_GRID[-1]:g}, and on upward to\n   {LARGEST_C:,.0f} while" in page
+
+
+def test_every_command_for_an_evaluation_in_the_docs_is_understood() -> None:
+    page = (DOCS / "evaluation.md").read_text()
+    parser = argparse.ArgumentParser()
+    add_evaluate_arguments(parser)
+    commands = [shlex.split(line)[2:] for line in re.findall(r"^viewpoint evaluate .*$", page, re.M)]
+    assert len(commands) == 4
+    for words in commands:
+        parsed = parser.parse_args([word for word in words if word not in ("--nodes", "4")])  # the launcher's
+        assert parsed.protocol in PROTOCOLS
+    (assignment,) = re.findall(r"^viewpoint launch .* --set (.*)$", page, re.M)
+    assert set(load_recipe("crosspoint", demo=True, assignments=[assignment]).evaluation.protocols) <= set(PROTOCOLS)
+    assert set(re.findall(r"svm@\w+", page)) == set(PROTOCOLS)
