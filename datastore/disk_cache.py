@@ -116,7 +116,7 @@ class DiskCache:
                 draft.unlink(missing_ok=True)
                 return
             write_whole(descriptor, head)
-            for piece in content:
+            for piece in content.memory():
                 write_whole(descriptor, piece)
             # not synced: an entry that a power cut left incomplete has a wrong checksum
             draft.replace(path)
@@ -275,6 +275,6 @@ def _read(path: Path, name: bytes) -> bytearray | None:
 
 def _checksum(name: bytes, content: Pieces) -> int:
     found = crc32c(name)
-    for piece in content:
+    for piece in content.memory():
         found = crc32c(piece, found)
     return found

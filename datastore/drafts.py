@@ -21,7 +21,7 @@ from datastore.errors import AskedWrongly
 from datastore.layout import Rows
 from datastore.order import Lanes, Order, drawn_views
 from datastore.plans import Plan, Run, Shares, span_of
-from datastore.shards import ShardReader
+from datastore.shards import ShardReader, rows_as_bytes
 
 _WINDOWS_AHEAD: Final = 4  # that a lane will come to are asked for, if there is memory for them
 _GIB: Final = 2**30
@@ -42,11 +42,11 @@ class Samples:
 
     def bytes_while_read(self, reader: ShardReader) -> int:
         """Memory that a unit of one field takes beside that of its rows in batches, until they are there, about."""
-        first, last = map(int, self.rows[np.array([0, len(self.rows) - 1], dtype=np.int64)])
+        first, last = self.rows.at(0), self.rows.at(len(self.rows) - 1)
         spread = (last - first + 1) / len(self.rows)
         unit_samples, chunk_rows = self.order.unit_samples, reader.chunk_rows
         decoded = rounded(unit_samples * reader.row_bytes)
-        if spread == 1 and reader.reads_into_places(np.arange(first, first + unit_samples, dtype=np.int64)):
+        if spread == 1 and reader.lies_as_in_memory:
             # rows that this process does not need: where a lane begins or ends, or is another's too
             is_aligned = not first % chunk_rows and not unit_samples % chunk_rows
             return decoded if is_aligned else decoded + 2 * chunk_rows * reader.row_bytes
@@ -57,6 +57,12 @@ class Samples:
         num_rows = unit_samples if is_aligned else unit_samples * spread + 2 * chunk_rows
         return math.ceil(num_rows * reader.encoded_row_bytes) + chunk_rows * reader.stored_row_bytes
 
+    def stretch_of(self, unit: int) -> tuple[int, int] | None:
+        """The first row of a unit, and how many there are, if they are neighbours in the store."""
+        start, end = self.span(unit)
+        first = self.rows.at(start)
+        return (first, end - start) if self.rows.at(end - 1) - first == end - 1 - start else None
+
     def rows_of(self, unit: int) -> Int64[np.ndarray, " r"]:
         """Rows of the store that a unit's samples are."""
         return self.rows[np.arange(*self.span(unit), dtype=np.int64)]
@@ -65,12 +71,25 @@ class Samples:
 class FieldRows:
     """A field of a micro-batch, to be filled with rows as they lie in the store."""
 
-    def __init__(self, rows: np.ndarray, tensor: torch.Tensor, views: Int64[np.ndarray, "m k"] | None) -> None:
+    def __init__(
+        self, rows: np.ndarray, tensor: torch.Tensor, views: Int64[np.ndarray, "m k"] | None, places: list[memoryview]
+    ) -> None:
         self.rows, self.tensor = rows, tensor  # the same memory
         self.views = views  # of each row's first axis, only these
-        # Made once: threads that read touch no tensor, as each such touch lets go of Python and waits to have it again.
-        self.content: memoryview = rows.reshape(-1).view(np.uint8).data
-        self.row_bytes = rows.nbytes // len(rows)
+        self.places = places  # the rows' bytes, where rows are read straight into them
+
+
+class Read:
+    """A read that many drafts wait for, one after the other: all but the first find that it is over without a lock."""
+
+    def __init__(self, answer: Future[None]) -> None:
+        self._answer: Future[None] | None = answer
+
+    def wait(self) -> None:
+        """Returns when it is over; raises what went wrong."""
+        if self._answer is not None:
+            self._answer.result()
+            self._answer = None
 
 
 class Draft:
@@ -79,7 +98,7 @@ class Draft:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.fields: dict[str, FieldRows] = {}  # from the first read on
-        self.reads: list[Future[None]] = []
+        self.reads: list[Read] = []
 
 
 class Form(Generic[BatchT]):
@@ -93,6 +112,10 @@ class Form(Generic[BatchT]):
         self._buffers = buffers
         self._num_views = num_views
         self._pin_memory = pin_memory
+
+    def takes_as_it_lies(self, reader: ShardReader) -> bool:
+        """Whether rows can be read straight to their places."""
+        return reader.lies_as_in_memory and not draws_while_copied(reader, self._batch_type)
 
     def allocate(self, draft: "Draft", name: str) -> None:
         """Gives one field of a micro-batch its memory."""
@@ -110,7 +133,9 @@ class Form(Generic[BatchT]):
         else:
             rows = self._buffers.empty(shape, stored_dtype)
             tensor = torch.from_numpy(rows)
-        draft.fields[name] = FieldRows(rows, tensor, views)
+        # Made once: threads that read touch no tensor, as each such touch lets go of Python and waits to have it again.
+        places = rows_as_bytes(rows) if self.takes_as_it_lies(reader) else []
+        draft.fields[name] = FieldRows(rows, tensor, views, places)
 
     def finished(self, draft: "Draft") -> BatchT:
         """The micro-batch, when all its rows are there."""
@@ -167,6 +192,7 @@ class Drafts:
         # by unit, who waits for samples of it: number of the draft, draft, places
         self._waiting: dict[int, deque[tuple[int, Draft, Run]]] = {}
         self._kept: dict[tuple[str, int], Future[np.ndarray]] = {}
+        self._after_the_first: list[tuple[str, Visit]] = []
         self._pool = ThreadPoolExecutor(memory.num_readers, thread_name_prefix="stream-units")
 
     def next(self) -> Draft:
@@ -180,7 +206,9 @@ class Drafts:
         self._first += 1
         self._num_sent -= 1
         for read in draft.reads:
-            read.result()
+            read.wait()
+        while self._after_the_first:
+            self._begin(*self._after_the_first.pop())
         return draft
 
     def also(self, task: Callable[[], None]) -> None:
@@ -197,6 +225,7 @@ class Drafts:
         self._coming.clear()
         self._waiting.clear()
         self._kept.clear()
+        self._after_the_first.clear()
 
     def _expect(self, plan: Plan) -> None:
         draft, number = Draft(plan), self._first + len(self._coming)
@@ -225,37 +254,50 @@ class Drafts:
         return Visit(unit, runs)
 
     def _read(self, visit: Visit) -> None:
-        drafts = {id(draft): draft for draft, _ in visit.runs}.values()
         is_new = False
-        for name in self._samples.readers:
-            for draft in drafts:
+        for name, reader in self._samples.readers.items():
+            for draft, _ in visit.runs:
                 if name not in draft.fields:
                     self._form.allocate(draft, name)
             if self._memory.keeps_all:
                 if (name, visit.unit) not in self._kept:
                     is_new = True
                     rows = self._samples.rows_of(visit.unit)
-                    self._kept[name, visit.unit] = self._pool.submit(self._samples.readers[name].read, rows)
+                    self._kept[name, visit.unit] = self._pool.submit(reader.read, rows)
                 # begun after the read of it, so that thread is there that it waits for
-                read = self._pool.submit(self._copy_kept, name, visit)
-            else:
-                is_new = True
-                read = self._pool.submit(self._read_field, name, visit)
-            for draft in drafts:
-                draft.reads.append(read)
+                self._await(self._pool.submit(self._copy_kept, name, visit), visit)
+                continue
+            is_new = True
+            if self._first or self._form.takes_as_it_lies(reader):
+                self._begin(name, visit)
+                continue
+            # What is packed is small on its way: it is read twice, so that the first batch need not wait until what is
+            # unpacked for those after it has found memory.
+            first = self._coming[0]
+            self._begin(name, Visit(visit.unit, [run for run in visit.runs if run[0] is first]))
+            self._after_the_first.append((name, Visit(visit.unit, [run for run in visit.runs if run[0] is not first])))
         self.units_read += is_new
+
+    def _begin(self, name: str, visit: Visit) -> None:
+        self._await(self._pool.submit(self._read_field, name, visit), visit)
+
+    def _await(self, answer: Future[None], visit: Visit) -> None:
+        read = Read(answer)
+        for draft in {id(draft): draft for draft, _ in visit.runs}.values():
+            draft.reads.append(read)
 
     def _copy_kept(self, name: str, visit: Visit) -> None:
         self._copy(self._kept[name, visit.unit].result(), name, visit)
 
     def _read_field(self, name: str, visit: Visit) -> None:
-        reader, rows = self._samples.readers[name], self._samples.rows_of(visit.unit)
-        if reader.reads_into_places(rows) and all(draft.fields[name].views is None for draft, _ in visit.runs):
-            self._read_into_places(name, visit, int(rows[0]), len(rows))
+        reader = self._samples.readers[name]
+        stretch = self._samples.stretch_of(visit.unit) if self._form.takes_as_it_lies(reader) else None
+        if stretch is not None:
+            self._read_into_places(name, visit, *stretch)
         elif reader.chunk_rows > 1:
-            self._copy_by_chunk(name, visit, rows)
+            self._copy_by_chunk(name, visit, self._samples.rows_of(visit.unit))
         else:
-            self._copy(reader.read(rows), name, visit)
+            self._copy(reader.read(self._samples.rows_of(visit.unit)), name, visit)
 
     def _copy_by_chunk(self, name: str, visit: Visit, rows: Int64[np.ndarray, " r"]) -> None:
         """Rows to their places, without memory for all of them on the way."""
@@ -283,20 +325,19 @@ class Drafts:
         places: list[memoryview | None] = [None] * num_rows
         again: list[tuple[int, memoryview]] = []  # a padded epoch may have samples twice
         for draft, run in visit.runs:
-            field = draft.fields[name]
-            content, size, at = field.content, field.row_bytes, run.start * field.row_bytes
-            for row in draft.plan.rows[run.start : run.end]:
-                target = content[at : at + size]
-                at += size
+            wanted = zip(
+                draft.plan.rows[run.start : run.end], draft.fields[name].places[run.start : run.end], strict=True
+            )
+            for row, place in wanted:
                 if places[row] is None:
-                    places[row] = target
+                    places[row] = place
                 else:
-                    again.append((row, target))
+                    again.append((row, place))
         self._samples.readers[name].read_into(first_row, places)
-        for row, target in again:
+        for row, place in again:
             first = places[row]
             assert first is not None
-            target[:] = first
+            place[:] = first
 
 
 def _batch_bytes(readers: Iterable[ShardReader], batch_type: type[Batch], num_samples: int) -> int:

@@ -447,7 +447,7 @@ class _Part:
     def came_damaged(self) -> None:
         """Its range did, perhaps by another part: remembers what this one came like."""
         came = hashlib.blake2b(digest_size=16)
-        for piece in self.target.part(0, self.num_bytes):
+        for piece in self.target.part(0, self.num_bytes).memory():
             came.update(piece)
         self.is_settled = came.digest() in self._digests
         self._digests.add(came.digest())

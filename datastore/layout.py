@@ -16,6 +16,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -45,6 +46,7 @@ _TEACHER_KEY: Final = "viewpoint_teacher"
 _CHECKSUM_KEY: Final = "viewpoint_crc32c"  # of a group's attributes that are Viewpoint's
 _SEAL: Final = b'{"crc32c":"%08x",'  # how a document begins that carries the checksum of the rest of it
 _READ_ATTEMPTS: Final = 5
+_TEACHERS_AT_ONCE: Final = 8
 _TEACHERS_FOLDER: Final = "teachers"
 _COMMITS_FOLDER: Final = f"{BOOKKEEPING_FOLDER}/commits"
 _MANIFESTS_FOLDER: Final = f"{BOOKKEEPING_FOLDER}/manifests"
@@ -189,6 +191,12 @@ class Rows:
         before = self._reached[found - 1] * (found > 0)
         rows: Int64[np.ndarray, " p"] = self._starts[found] + places - before
         return rows
+
+    def at(self, place: int) -> int:
+        """The row at one place."""
+        place *= self._step
+        found = int(self._reached.searchsorted(place, side="right"))
+        return int(self._starts[found]) + place - (int(self._reached[found - 1]) if found else 0)
 
     def every(self, step: int) -> "Rows":
         """The first of these rows, and each so-manyth after it."""
@@ -820,16 +828,39 @@ def _numbers(names: Iterable[str]) -> list[int]:
 
 
 def _open(folder: ObjectFolder, manifest: int | None = None) -> Store:
-    attributes, fields = _read_attributes(folder)
-    teachers = {key: _read_teacher(folder, key) for key in _teacher_keys(folder)}
-    seen = newest_manifest(folder) if manifest is None else _manifest_numbered(folder, manifest)
-    return Store(folder, attributes, fields, teachers, seen)
+    with ThreadPoolExecutor(3) as pool:  # far from the store, each of these is a round trip or two
+        group = pool.submit(_read_attributes, folder)
+        teachers = pool.submit(_read_teachers, folder)
+        seen = (
+            pool.submit(newest_manifest, folder)
+            if manifest is None
+            else pool.submit(_manifest_numbered, folder, manifest)
+        )
+        attributes, fields = group.result()
+        return Store(folder, attributes, fields, teachers.result(), seen.result())
+
+
+def _read_teachers(folder: ObjectFolder) -> dict[str, TeacherAttributes]:
+    """Every teacher, by `name@hash`."""
+
+    def of(key: str) -> TeacherAttributes | None:
+        try:
+            return _read_teacher(folder, key)
+        except FileNotFoundError:
+            return None
+
+    keys = _teacher_folders(folder)
+    with ThreadPoolExecutor(max(1, min(len(keys), _TEACHERS_AT_ONCE))) as pool:
+        return {key: teacher for key, teacher in zip(keys, pool.map(of, keys), strict=True) if teacher is not None}
 
 
 def _teacher_keys(folder: ObjectFolder) -> list[str]:
-    """`name@hash` of every teacher. A folder without its document is one that is being made, or was removed."""
-    keys = (name for name in folder.names(_TEACHERS_FOLDER) if "@" in name)
-    return [key for key in keys if folder.exists(f"{_TEACHERS_FOLDER}/{key}/zarr.json")]
+    return [key for key in _teacher_folders(folder) if folder.exists(f"{_TEACHERS_FOLDER}/{key}/zarr.json")]
+
+
+def _teacher_folders(folder: ObjectFolder) -> list[str]:
+    """Of every teacher. One without its document is being made, or was removed."""
+    return [name for name in folder.names(_TEACHERS_FOLDER) if "@" in name]
 
 
 def _read_attributes(folder: ObjectFolder) -> tuple[StoreAttributes, tuple[str, ...]]:

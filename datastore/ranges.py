@@ -158,7 +158,7 @@ def _filled(target: Pieces, read: Callable[[list[memoryview], int], int]) -> int
     """How many bytes were put into the target by `read`, which is given pieces and the place of their first byte."""
     filled = 0
     while filled < target.num_bytes and (
-        count := read(list(target.part(filled, target.num_bytes))[:_MOST_PIECES], filled)
+        count := read(target.part(filled, target.num_bytes).memory(_MOST_PIECES), filled)
     ):
         filled += count
     return filled
@@ -167,7 +167,7 @@ def _filled(target: Pieces, read: Callable[[list[memoryview], int], int]) -> int
 def _filled_in_turn(target: Pieces, read: Callable[[memoryview], int]) -> int:
     """The same by a `read` that knows one piece of memory at a time."""
     filled = 0
-    for piece in target:
+    for piece in target.memory():
         at = 0
         while at < len(piece):
             count = read(piece[at:])

@@ -47,15 +47,11 @@ class RowNumbers:
     row_shape = ()
     row_bytes = stored_row_bytes = encoded_row_bytes = 8
     chunk_rows = 1
-    takes_whole_rows = True
+    takes_whole_rows, lies_as_in_memory = True, False
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """The rows."""
         return rows
-
-    def reads_into_places(self, rows: np.ndarray) -> bool:
-        """Whether their bytes can be read to where they belong."""
-        return len(rows) < 0
 
 
 def open_at(start: int) -> float:

@@ -490,6 +490,8 @@ def test_rows_kept_as_ranges_are_the_rows(chosen: set[int]) -> None:
     assert np.array_equal(ranges.all(), rows)
     places = np.arange(len(rows))[::-2]
     assert np.array_equal(ranges[places], rows[places])
+    assert [ranges.at(place) for place in range(len(rows))] == rows.tolist()
+    assert [ranges.every(3).at(place) for place in range(len(rows[::3]))] == rows[::3].tolist()
 
 
 def test_a_manifest_knows_the_splits_of_complete_blocks(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ def test_any_part_of_the_places_is_those_bytes(sizes: list[int], data: st.DataOb
     assert b"".join(own) == bytes(pieces.joined()) == content.tobytes()
     start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(content))] * 2)))
     part = pieces.part(start, end)
-    assert b"".join(part) == content[start:end].tobytes()
+    assert b"".join(part.memory()) == content[start:end].tobytes()
+    most = data.draw(st.integers(1, 10))
+    assert [bytes(piece) for piece in part.memory(most)] == [bytes(piece) for piece in part.memory()][:most]
     part.fill(bytes(part.num_bytes))
     assert b"".join(own) == np.where((content >= start) & (content < end), 0, content).astype(np.uint8).tobytes()
 

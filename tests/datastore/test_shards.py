@@ -74,7 +74,7 @@ def test_neighbouring_rows_go_straight_to_their_places(
     with patch("datastore.shards._SMALL_CHUNK_BYTES", 0):  # these are
         for field in ("points", FEATURES):
             reader = ShardReader(store, store.field(field), Fetcher(store.folder))
-            assert reader.reads_into_places(rows)
+            assert reader.lies_as_in_memory
             found = np.zeros((len(rows), *reader.row_shape), reader.stored.stored_dtype)
             places = [row.reshape(-1).view(np.uint8).data for row in found[::-1]]  # anywhere
             reader.read_into(first, [None if place in needless else at for place, at in enumerate(places)])
@@ -82,10 +82,9 @@ def test_neighbouring_rows_go_straight_to_their_places(
             for place in range(len(rows)):
                 wanted = 0 if place in needless else expected[place]
                 assert np.array_equal(found[len(rows) - 1 - place], np.broadcast_to(wanted, reader.row_shape))
-        assert not reader.reads_into_places(np.array([0, 2]))
-        assert not ShardReader(store, store.field("views"), Fetcher(store.folder)).reads_into_places(rows)
+        assert not ShardReader(store, store.field("views"), Fetcher(store.folder)).lies_as_in_memory
         few = ShardReader(store, store.field("points"), Fetcher(store.folder), num_points=2)
-        assert not few.reads_into_places(rows)
+        assert not few.lies_as_in_memory
 
 
 def test_rows_that_come_damaged_on_their_way_to_their_places_are_named(tmp_path: Path) -> None:

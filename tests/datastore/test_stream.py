@@ -27,7 +27,7 @@ from torch import Tensor
 
 from datastore import stream as stream_module
 from datastore.batch import Batch
-from datastore.drafts import Memory
+from datastore.drafts import Drafts, Memory, Visit
 from datastore.errors import AskedWrongly, MissingField, StoreError
 from datastore.fetch import Fetcher, FetchFailed
 from datastore.layout import Rows, TeacherAttributes, create_store, create_teacher, open_store
@@ -60,6 +60,11 @@ class LabelBatch(Batch):
 @dataclass(frozen=True)
 class PointsBatch(Batch):
     points: Float[Tensor, "b p 3"]
+
+
+@dataclass(frozen=True)
+class ViewsBatch(Batch):
+    views: UInt8[Tensor, "b v h w 3"]
 
 
 @dataclass(frozen=True)
@@ -218,21 +223,30 @@ def shapes_url(tmp_path_factory: pytest.TempPathFactory) -> str:
 def reading_into_places() -> Iterator[None]:
     """Within the block, rows go from the store straight to their places in batches, as those of large corpora do."""
 
-    def of(*arguments: Any) -> Memory:
-        return dataclasses.replace(memory_of(*arguments), keeps_all=False)
-
     def counted(*arguments: Any) -> None:
         nonlocal times
         times += 1
         read_into(*arguments)
 
-    memory_of, read_into, times = Memory.of, ShardReader.read_into, 0
-    with pytest.MonkeyPatch.context() as patch:
+    read_into, times = ShardReader.read_into, 0
+    with reading_anew(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("datastore.shards._SMALL_CHUNK_BYTES", 0)
-        patch.setattr(Memory, "of", of)
         patch.setattr(ShardReader, "read_into", counted)
         yield
     assert times, "there were such rows"
+
+
+@contextmanager
+def reading_anew() -> Iterator[None]:
+    """Within the block, nothing is kept from one visit to the next, as in large corpora."""
+
+    def of(*arguments: Any) -> Memory:
+        return dataclasses.replace(memory_of(*arguments), keeps_all=False)
+
+    memory_of = Memory.of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Memory, "of", of)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -733,6 +747,34 @@ def test_nothing_is_read_beside_what_the_first_batch_needs_until_it_is_there(
         while len(loaded) <= 4 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert len(loaded) > 4
+
+
+def test_the_first_batch_does_not_wait_for_what_is_unpacked_for_those_after_it(
+    whole_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on, others = threading.Event(), []
+
+    def copied(drafts: Drafts, name: str, visit: Visit, rows: Any) -> None:
+        numbers = {int(draft.plan.ids[0]) for draft, _ in visit.runs}
+        if numbers != {first_id}:
+            others.append(numbers)
+            assert may_go_on.wait(20)
+        copy(drafts, name, visit, rows)
+
+    first_id = int(ids_of(whole_url, 1, micro_batch=24)[0, 0])
+    copy = Drafts._copy_by_chunk
+    monkeypatch.setattr("datastore.shards._SMALL_CHUNK_BYTES", 0)
+    monkeypatch.setattr(Drafts, "_copy_by_chunk", copied)
+    store = open_store(whole_url)
+    with reading_anew(), stream_of(whole_url, ViewsBatch, micro_batch=24) as stream:
+        ((first,),) = stream.steps(1)
+        assert first.ids[0] == first_id
+        may_go_on.set()
+        batches = [first, *(batch for (batch,) in stream.steps(2))]
+    for batch in batches:
+        ascending, places = np.unique(batch.ids, return_inverse=True)
+        assert np.array_equal(batch.views, store.read("views", ascending)[places])
+    assert others
 
 
 def test_micro_batches_of_a_whole_step_are_made_ready_ahead(url: str) -> None:
