@@ -51,7 +51,8 @@ COMMANDS: Final[dict[str, CommandInfo]] = {
     "inspect": CommandInfo(
         "STORE",
         "what is in a store, is it whole, how does it look",
-        "  viewpoint inspect shapes.zarr --verify\n  viewpoint inspect shapes.zarr --contact-sheet shapes.png",
+        "  viewpoint inspect shapes.zarr --verify\n  viewpoint inspect shapes.zarr --contact-sheet shapes.png\n\n"
+        "Exit code 64 where no store is, or where --verify finds something wrong.",
     ),
     "export": CommandInfo(
         "RUN DIR",
@@ -61,6 +62,10 @@ COMMANDS: Final[dict[str, CommandInfo]] = {
     "scale": CommandInfo("--nodes N", "what a run on many nodes asks of a cluster, on paper"),
     "doctor": CommandInfo("", "check this machine, and a store or a recipe if you name one"),
 }
+
+_EXIT_CODES: Final = """\
+exit codes: 0 done; 2 asked wrongly; 64 wrong configuration or data, do not retry; 69 storage does not answer;
+            75 stopped after saving, the same command goes on; else failed, a retry makes sense"""
 
 _OWN: Final = {name: f"launcher.{name}" for name in ("launch", "status", "cancel", "scale", "doctor")}
 _ON_NODES: Final = ("cache", "evaluate")
@@ -102,8 +107,7 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "exit codes: 0 done; 2 asked wrongly; 64 wrong configuration or data, do not retry; 69 storage does not answer;",
-            "            75 stopped after saving, the same command goes on; else failed, a retry makes sense",
+            _EXIT_CODES,
         ]
     )
 
@@ -148,6 +152,8 @@ class _Command:
             allow_abbrev=False,
         )
         stage.add_arguments(parser)
+        if "exit codes:" not in (epilog := parser.epilog or ""):
+            parser.epilog = f"{epilog.rstrip()}\n\n{_EXIT_CODES}"
         if self._name in _ON_NODES:
             self._add_nodes(parser)
         return parser

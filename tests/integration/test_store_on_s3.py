@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import zarr
 
+from datastore.errors import EXIT_DO_NOT_RETRY
 from datastore.layout import open_store
 from tests.ingests import objects_of, undisturbed_store
 
@@ -43,3 +44,17 @@ def test_a_store_on_s3_is_written_verified_and_read_by_plain_zarr(s3_bucket: str
     assert group["points"].shape == (24, 64, 3) and group["points"].attrs["axes"] == ["row", "p", "3"]
     assert facts["class_names"] == list(local.class_names)
     assert list(group["id"][:]) == list(local.read("id", range(24)))
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("where", ["in a bucket", "of a missing bucket"])
+def test_a_store_on_s3_that_is_not_there_is_one_line(s3_bucket: str, where: str) -> None:
+    url = f"{s3_bucket}/missing.zarr" if where == "in a bucket" else "s3://viewpoint-has-no-such-bucket/missing.zarr"
+    words = [sys.executable, "-m", "trainer", "inspect", url]
+    finished = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == EXIT_DO_NOT_RETRY
+    said = [line for line in finished.stderr.splitlines() if " INFO " not in line]
+    assert said == [
+        f"viewpoint: {url} is no store: it has no zarr.json. Nothing is there. Write a store with "
+        f"`viewpoint ingest SOURCE {url}`."
+    ]

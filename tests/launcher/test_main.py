@@ -54,6 +54,7 @@ def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixtur
     shown = said(capsys, command, "--help", code=EXIT_DONE)
     assert f"usage: viewpoint {command}" in shown
     assert "examples:" in shown
+    assert "exit codes: 0 done; 2 asked wrongly; 64 wrong configuration or data" in shown
 
 
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,6 +121,15 @@ def test_data_that_are_no_store_are_refused_with_the_command_that_writes_one(
     message = said(capsys, "launch", "pointmcd", "--data", str(tmp_path), code=EXIT_DO_NOT_RETRY)
     assert f"{tmp_path} is no store" in message
     assert "viewpoint ingest" in message
+
+
+def test_a_store_to_inspect_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for url in (str(tmp_path / "missing.zarr"), "memory://missing/shapes.zarr"):
+        message = said(capsys, "inspect", url, code=EXIT_DO_NOT_RETRY)
+        assert message == (
+            f"viewpoint: {url} is no store: it has no zarr.json. Nothing is there. Write a store with "
+            f"`viewpoint ingest SOURCE {url}`.\n"
+        )
 
 
 def test_a_run_that_is_not_there_is_named_with_those_that_are(
