@@ -3,11 +3,13 @@
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Final, Self, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID
+from rich.table import Column
 from rich.text import Text
 
 from datastore.progress import format_seconds
@@ -16,6 +18,8 @@ from launcher.readings import Reading
 PLAIN_INTERVAL_SECONDS: Final = 5.0
 _TITLE_WIDTH: Final = 26
 _WIDTH_FOR_A_BAR: Final = 120
+_BAR_WIDTH: Final = 20
+_SPINNER_WIDTH: Final = 2  # with the space beside it
 
 
 class Screen(ABC):
@@ -49,6 +53,17 @@ class Screen(ABC):
         """Leaves the terminal as it was."""
 
 
+class _LineColumn(ProgressColumn):
+    """A step's title and how far it is, as much of it as the terminal is wide now."""
+
+    def __init__(self, width: Callable[[], int]) -> None:
+        super().__init__(Column(no_wrap=True))
+        self._width = width
+
+    def render(self, task: Task) -> Text:
+        return Text(fit(task.description, task.fields["parts"], self._width()), overflow="ellipsis")
+
+
 class LiveScreen(Screen):
     """A line that moves, below the lines of the steps that are done."""
 
@@ -58,24 +73,23 @@ class LiveScreen(Screen):
         self._task: TaskID | None = None
 
     def say(self, line: str) -> None:
-        self._console.print(Text(line))
+        # the terminal folds what is too long: newlines of ours would come along where somebody copies a command
+        self._console.print(Text(line), soft_wrap=True)
 
     def begin(self, title: str) -> None:
         self.close()
-        bar = [BarColumn(bar_width=20)] if self._console.width >= _WIDTH_FOR_A_BAR else []
-        columns = [
-            SpinnerColumn(),
-            *bar,
-            # one column: where the terminal is narrow, the end is cut off and not the title
-            TextColumn(f"{{task.description:<{_TITLE_WIDTH}}} {{task.fields[detail]}}", markup=False),
-        ]
-        self._progress = Progress(*columns, console=self._console, transient=True, refresh_per_second=5)
+        bar = [BarColumn(bar_width=_BAR_WIDTH)] if self._console.width >= _WIDTH_FOR_A_BAR else []
+        taken = _SPINNER_WIDTH + len(bar) * (_BAR_WIDTH + 1)
+        line = _LineColumn(lambda: self._console.width - taken)
+        self._progress = Progress(
+            SpinnerColumn(), *bar, line, console=self._console, transient=True, refresh_per_second=5
+        )
         self._progress.start()
-        self._task = self._progress.add_task(title, total=None, detail="starting")
+        self._task = self._progress.add_task(title, total=None, parts=["starting"])
 
     def show(self, reading: Reading | None) -> None:
         if self._progress is not None and self._task is not None and reading is not None:
-            self._progress.update(self._task, total=reading.total, completed=reading.done, detail=describe(reading))
+            self._progress.update(self._task, total=reading.total, completed=reading.done, parts=_parts(reading))
 
     def end(self, title: str, verdict: str) -> None:
         self.close()
@@ -124,12 +138,27 @@ def open_screen(stream: TextIO | None = None) -> Screen:
 
 def describe(reading: Reading) -> str:
     """How far, how long still, and the stage's own figures, in one line: what matters most comes first."""
+    return "  ".join(_parts(reading))
+
+
+def fit(title: str, parts: Sequence[str], width: int) -> str:
+    """The line of a step in so many columns: whole figures, of which the last ones go first, after the room beside the title."""
+    line = f"{title:<{_TITLE_WIDTH}} {'  '.join(parts)}"
+    for shown in range(len(parts), 0, -1):
+        if len(line) <= width:
+            break
+        line = f"{title} {'  '.join(parts[:shown])}"
+    return line
+
+
+def _parts(reading: Reading) -> list[str]:
+    """What a line says, in the order in which it matters."""
     parts = [f"{100 * reading.done / reading.total:.0f}%" if reading.total else "0%"]
     left = reading.seconds_left
     if left is not None and reading.done < reading.total:
         parts.append(f"{format_seconds(left)} left")
     parts.append(f"{reading.done:,}/{reading.total:,} {reading.unit}")
-    return "  ".join(parts + _figures(reading))
+    return parts + _figures(reading)
 
 
 def describe_end(reading: Reading | None, seconds: float) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from launcher import terminal
 from launcher.readings import Reading
-from launcher.terminal import LiveScreen, PlainScreen, describe, describe_end, open_screen
+from launcher.terminal import LiveScreen, PlainScreen, describe, describe_end, fit, open_screen
 
 TRAINING = Reading("pretrain", 30, 120, "steps", 4.5, 0, {"loss": 1.23456, "samples/s": 310.0, "data wait": "3%"})
 INGEST = Reading("ingest", 160, 640, "shapes", 6.25, 100, {})
@@ -24,6 +24,41 @@ class Terminal(io.StringIO):
 def test_a_line_says_what_matters_most_first() -> None:
     assert describe(TRAINING) == "25%  20 s left  30/120 steps  310 samples/s  loss 1.235  data wait 3%"
     assert describe(INGEST) == "25%  1 min 17 s left  160/640 shapes  6.25 shapes/s"
+
+
+@pytest.mark.parametrize(
+    ("width", "line"),
+    [
+        (140, "pretrain                   25%  20 s left  30/120 steps  310 samples/s  loss 1.235  data wait 3%"),
+        (80, "pretrain 25%  20 s left  30/120 steps  310 samples/s  loss 1.235  data wait 3%"),
+        (70, "pretrain 25%  20 s left  30/120 steps  310 samples/s  loss 1.235"),
+        (40, "pretrain 25%  20 s left  30/120 steps"),
+        (10, "pretrain 25%"),
+    ],
+)
+def test_a_narrow_terminal_loses_whole_figures_the_least_important_first(width: int, line: str) -> None:
+    assert fit("pretrain", describe(TRAINING).split("  "), width) == line
+
+
+@pytest.mark.parametrize("columns", [60, 80, 130])
+def test_the_live_line_uses_the_width_that_the_terminal_has(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = Terminal()
+    command = "viewpoint launch pointmcd --nodes 4 " + "--set engine.optimizer.lr=0.01 " * 5
+    with open_screen(stream) as screen:
+        screen.begin("pretrain, distillation off")
+        screen.show(TRAINING)
+        time.sleep(0.3)  # it is drawn five times a second
+        screen.say(command)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    lines = [line.strip() for line in re.split(r"[\r\n]", shown) if "25%" in line]
+    whole = "pretrain, distillation off 25%  20 s left  30/120 steps  310 samples/s  loss 1.235  data wait 3%"
+    assert lines
+    for line in lines:
+        assert len(line) <= columns and "…" not in line
+        assert columns - 15 < len(line) or line.endswith(whole)
+    assert command.strip() in shown, "what is to be copied is not folded by us"
 
 
 def test_a_finished_step_leaves_its_time_and_its_last_figures() -> None:
