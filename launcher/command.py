@@ -13,6 +13,8 @@ STORE_SHARING_VARIABLE: Final = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 METRICS_OFFSET_VARIABLE: Final = "VIEWPOINT_METRICS_PORT_OFFSET"  # as trainer/metrics.py reads it, which imports torch
 LOOPBACK: Final = "127.0.0.1"
 AGENT_WORDS: Final = (sys.executable, "-m", "launcher.agent")
+_FOLD: Final = " \\"
+_FOLDED_INDENT: Final = 4
 TRAINER_WORDS: Final = (sys.executable, "-m", "trainer")
 
 
@@ -23,10 +25,44 @@ class Command:
     words: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
 
-    def as_shell(self) -> str:
-        """The line that does the same in a shell."""
-        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        return " ".join([*settings, shlex.join(self.words)])
+    def as_shell(self, width: int | None = None, indent: int = 0) -> str:
+        """What does the same in a shell: one line, or lines of so many columns unless a single word is longer.
+
+        Of several lines, the environment has its own, and so has what a node's agent runs.
+        """
+        settings, words = shell_settings(self.environment), _with_their_values(self.words)
+        if width is None:
+            return " ".join([*settings, *words])
+        end = words.index("--") + 1 if "--" in words else len(words)
+        return fold([settings, words[:end], words[end:]], width, indent)
+
+
+def shell_settings(environment: Mapping[str, str]) -> list[str]:
+    """Each variable as a shell sets it."""
+    return [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
+
+
+def fold(groups: Sequence[Sequence[str]], width: int, indent: int = 0) -> str:
+    """Pieces of one command line, a line or more for each group of them, folded as a shell understands it."""
+    lines: list[str] = []
+    for group in groups:
+        for place, piece in enumerate(group):
+            if place > 0 and len(lines[-1]) + 1 + len(piece) + len(_FOLD) <= width:
+                lines[-1] += f" {piece}"
+            else:
+                lines.append(" " * (indent + _FOLDED_INDENT * bool(lines)) + piece)
+    return f"{_FOLD}\n".join(lines)
+
+
+def _with_their_values(words: Sequence[str]) -> list[str]:
+    """Words for a shell, options in one piece with what follows them."""
+    pieces: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        if before.startswith("-") and before != "--" and not word.startswith("-"):
+            pieces[-1] += f" {shlex.quote(word)}"
+        else:
+            pieces.append(shlex.quote(word))
+    return pieces
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """Drives one launch: finds out what is missing, runs it step by step, sums up."""
 
 import json
+import textwrap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,7 +13,16 @@ import fsspec
 
 from datastore.errors import EXIT_DONE, EXIT_STOPPED, AskedWrongly, DoNotRetry, MissingField
 from launcher.chaos import Chaos, needs_networks
-from launcher.command import Command, Machine, node_command, nursery_environment, process_command, worker_words
+from launcher.command import (
+    Command,
+    Machine,
+    fold,
+    node_command,
+    nursery_environment,
+    process_command,
+    shell_settings,
+    worker_words,
+)
 from launcher.events import describe_event
 from launcher.facts import FEATURES_CACHED, find_features, find_store, observe
 from launcher.local import Outcome, run_nodes, run_process, this_machine
@@ -35,6 +46,8 @@ from trainer.runfolder import RUNS_URL, RunFolder
 
 _DEMO_FOLDER: Final = "demo"
 _FAILURE_LINES: Final = 15
+_PLAN_WIDTH: Final = 100
+_PLAN_INDENT: Final = 3
 
 
 def launch(spec: LaunchSpec, *, command: str, dry_run: bool = False, as_json: bool = False) -> int:
@@ -336,17 +349,36 @@ def print_plan(goal: Goal, spec: LaunchSpec, steps: tuple[Step, ...], machine: M
             ]
             print(json.dumps({"step": step.name, "done": step.done, "commands": commands}))
         return
-    print(headline(goal, spec).replace("viewpoint:", "viewpoint launch --dry-run:", 1))
+    said = headline(goal, spec).replace("viewpoint:", "viewpoint launch --dry-run:", 1)
+    print(
+        textwrap.fill(
+            said, _PLAN_WIDTH, subsequent_indent=" " * _PLAN_INDENT, break_long_words=False, break_on_hyphens=False
+        )
+    )
     trained = [goal.config, *(needed.config for needed in goal.prerequisites)]
     worlds = worlds_for(*(config.global_batch for config in trained))
     print(f"Worlds that divide the global batch: {', '.join(map(str, worlds))}. This one: {spec.layout.world}.")
-    for number, step in enumerate(steps, start=1):
+    by_step = [[] if step.done else commands_of(step, spec, machine) for step in steps]
+    common = common_environment([command for of_step in by_step for command in of_step])
+    if common:
+        print("Every process has, beside what stands before its command:")
+        print(fold([["export", *shell_settings(common)]], _PLAN_WIDTH, _PLAN_INDENT))
+    for number, (step, of_step) in enumerate(zip(steps, by_step, strict=True), start=1):
         where = f"on {spec.layout.nodes} nodes" if step.on_nodes else "in one process"
         print(f"\n{number}. {step.title}: " + ("reused, complete already" if step.done else f"runs {where}"))
-        for command in () if step.done else commands_of(step, spec, machine):
-            print(f"   {command.as_shell()}")
+        for command in of_step:
+            own = {name: value for name, value in command.environment.items() if name not in common}
+            print(replace(command, environment=own).as_shell(_PLAN_WIDTH, _PLAN_INDENT))
     if spec.rendezvous_port == 0:
         print("\nPORT stands for a free port, which is chosen at the start.")
+
+
+def common_environment(commands: Sequence[Command]) -> dict[str, str]:
+    """The variables that several processes all have with the same value."""
+    if len(commands) < 2:
+        return {}
+    first, *others = (command.environment for command in commands)
+    return {name: value for name, value in first.items() if all(each.get(name) == value for each in others)}
 
 
 def commands_of(step: Step, spec: LaunchSpec, machine: Machine) -> list[Command]:

@@ -1,10 +1,13 @@
 """Command lines and environments as pure functions: golden."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
 from launcher.command import (
     METRICS_OFFSET_VARIABLE,
+    Command,
     Layout,
     Machine,
     Place,
@@ -92,6 +95,18 @@ def test_the_shell_line_can_be_pasted() -> None:
         "MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_ARENA_MAX=1 "
         "python -m trainer ingest 'demo://shapes?count=8&seed=0'"
     )
+
+
+def test_folded_lines_can_be_pasted_too() -> None:
+    show = 'import json, os, sys; print(json.dumps([os.environ["A_VARIABLE"], sys.argv[1:]]))'
+    arguments = ["--source", "a b'c&d", "--flag", "--path", "p" * 120, "--", "python", "-m", "trainer", "x" * 30]
+    command = Command((sys.executable, "-c", show, *arguments), {"A_VARIABLE": "1 2", "B_VARIABLE": "s" * 60})
+    folded = command.as_shell(width=80, indent=3)
+    assert json.loads(subprocess.check_output(["bash", "-c", folded])) == ["1 2", arguments]
+    lines = folded.splitlines()
+    assert lines[0] == "   A_VARIABLE='1 2' \\"
+    assert lines[-1] == f"       python -m trainer {'x' * 30}"
+    assert all(len(line) <= 80 or show in line or "p" * 120 in line for line in lines)
 
 
 def test_each_node_has_gpus_of_its_own_or_nobody_has_any() -> None:

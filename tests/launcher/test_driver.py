@@ -1,6 +1,7 @@
 """A launch as a whole: what it decides, prints and leaves behind."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -51,9 +52,14 @@ def recipe_file(here: Path, store_url: str, **changes: Any) -> str:
 
 def test_a_dry_run_prints_every_command_and_creates_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["launch", "pointmcd", "--nodes", "2", "--rendezvous-port", "29400", "--dry-run"]) == EXIT_DONE
-    lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out
+    too_long = [line.removesuffix(" \\") for line in printed.splitlines() if len(line) > 100]
+    assert not [line for line in too_long if " " in line.strip().removeprefix("--logs ")], "nothing could be folded"
+    lines = re.sub(r" \\\n +", " ", printed).splitlines()
     assert "demo profile: no --data given" in lines[0]
-    assert lines[1] == "Worlds that divide the global batch: 1, 2, 4, 8, 16. This one: 2."
+    assert "Worlds that divide the global batch: 1, 2, 4, 8, 16. This one: 2." in lines
+    (common,) = (line for line in lines if line.startswith("   export "))
+    assert "PYTHONUNBUFFERED=1" in common and printed.count("PYTHONUNBUFFERED") == 1
     assert [line for line in lines if line[:1].isdecimal()] == [
         "1. corpus: runs in one process",
         "2. teacher: runs on 2 nodes",
