@@ -5,9 +5,19 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# long installations show what they fetch; everything else of pip goes to the log
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL_LOG := $(VENV)/install.log
+INSTALL_NOTE_SECONDS ?= 15
+
+# $(call install,PIP,WORDS,FOLDER): pip's own words go to FOLDER/install.log; a note every few seconds says where it is
+define install
+@$(1) install $(2) >>$(3)/install.log 2>&1 & pip=$$!; trap "kill $$pip 2>/dev/null; wait $$pip; exit 130" INT TERM; seconds=0; \
+	while kill -0 $$pip 2>/dev/null; do sleep 1; seconds=$$((seconds + 1)); \
+		[ $$((seconds % $(INSTALL_NOTE_SECONDS))) = 0 ] && kill -0 $$pip 2>/dev/null && \
+			echo "  $$seconds s, $$(du -sh $(3) | cut -f1) in $(3): $$(grep -aE '^ *(Collecting|Downloading|Installing)' $(3)/install.log | tail -n 1 | sed -E 's/^ *//; s/(.{70}).+/\1 .../')" >&2; \
+	done; \
+	wait $$pip || { tail -n 15 $(3)/install.log >&2; echo "Installation failed; whole log: $(3)/install.log" >&2; exit 1; }
+endef
 
 JOB ?= pointmcd
 NODES ?= 1
@@ -101,8 +111,8 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo "Installing Viewpoint's packages into $(VENV): once, about 6 GB, a few minutes (log: $(INSTALL_LOG))" >&2
-	@$(PIP) install -c constraints.txt -e . >$(INSTALL_LOG) 2>&1 || { tail -n 15 $(INSTALL_LOG) >&2; echo "Installation failed; whole log: $(INSTALL_LOG)" >&2; exit 1; }
+	@echo "Installing Viewpoint's packages (torch, DeepSpeed and what they need) into $(VENV): once, about 6 GB, some minutes (log: $(INSTALL_LOG))" >&2
+	$(call install,$(PIP),-c constraints.txt -e .,$(VENV))
 	@touch $@
 
 # What the stream is measured beside. Not together with the project, beside whose packages only old versions of them go.
@@ -111,12 +121,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 .venv-bench/.installed: pyproject.toml | $(VENV)/bin/python
 	@echo "Installing the loaders that benchmarks/stream.py measures beside into .venv-bench: once, some 6 GB (log: .venv-bench/install.log)" >&2
 	@$(BIN)/python -m venv .venv-bench
-	@.venv-bench/bin/python -m pip --disable-pip-version-check install psutil $$($(BIN)/python -c \
-		'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])') \
-		>.venv-bench/install.log 2>&1 || { tail -n 15 .venv-bench/install.log >&2; echo "Installation failed; whole log: .venv-bench/install.log" >&2; exit 1; }
+	$(call install,.venv-bench/bin/python -m pip --disable-pip-version-check,psutil $$($(BIN)/python -c \
+		'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])'),.venv-bench)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	@echo "Installing the tools for tests and checks" >&2
-	@$(PIP) install -c constraints.txt -e '.[dev]' >>$(INSTALL_LOG) 2>&1 || { tail -n 15 $(INSTALL_LOG) >&2; echo "Installation failed; whole log: $(INSTALL_LOG)" >&2; exit 1; }
+	@echo "Installing the tools for tests and checks into $(VENV): once, about 200 MB, less than a minute (log: $(INSTALL_LOG))" >&2
+	$(call install,$(PIP),-c constraints.txt -e '.[dev]',$(VENV))
 	@touch $@
