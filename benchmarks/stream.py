@@ -13,6 +13,9 @@ is the same run that stands against 0 and against 2 worker processes of the peer
 a peer that was then less than half as fast as the best of its cell, and took twice as much processor time as the
 thriftiest, is not measured again. See `readers/` for the parts.
 
+Plain GETs have as many requests under way as ours by default has, 8 near and 32 far away; beside the server far away both
+are measured with 8 and 16, too. With so few its network is what holds them up, and not the cores, which serve both ends.
+
 All of it takes about twenty minutes on two quiet cores, and some eight with --quick, of which a few go to the files that the
 systems read: --folder keeps those for the next time (9 GB), and --repeats 0 only writes them. --cells takes some cells by
 themselves.
@@ -70,6 +73,7 @@ SPEED_WORST_CELL = 0.9
 SHARE_OF_PLAIN = {"fast": 0.75, "slow": 0.9}
 CPU_GEOMETRIC_MEAN = 0.5
 DATA_WAIT_SHARE = 0.02
+FEW_REQUESTS: Final = (8, 16)  # to the slow server
 FIRST_BATCH_SECONDS = 0.5 + 2 * LATENCY_SECONDS
 OPENING_SECONDS, OPENING_MB = 0.05, 50.0
 # data.memory_gib bounds what a process holds of samples. Beside it there are threads, their stacks, and the S3 client.
@@ -105,6 +109,12 @@ class Race:
         key = payload, source, system, workers
         self.measured.setdefault(key, []).append(self._run(payload, source, system, workers))
 
+    def few_requests(self, payload: str, source: str, requests: int) -> None:
+        """The same by plain GETs and by ours, with no more requests under way than this."""
+        for system in ("plain", "ours"):
+            key = payload, source, _with_requests(system, requests), 0
+            self.measured.setdefault(key, []).append(self._run(payload, source, system, 0, requests))
+
     def steps(self, system: str, workers: int) -> None:
         """An epoch of points from the slow server, a batch each 25 ms."""
         found = self._run("points", "slow", system, workers, step_seconds=STEP_SECONDS, batch=STEP_BATCH)
@@ -122,8 +132,12 @@ class Race:
                 return True
         return False
 
-    def _run(self, payload: str, source: str, system: str, workers: int, **changes: Any) -> dict[str, float] | None:
+    def _run(
+        self, payload: str, source: str, system: str, workers: int, requests: int | None = None, **changes: Any
+    ) -> dict[str, float] | None:
         """Figures of one run; None where it failed, which the list of failures explains."""
+        usual = FetchConfig().requests_far if source == "slow" else FetchConfig().requests_near
+        fetch = {} if requests is None else {"fetch": {"requests_far": requests}}
         with tempfile.TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as scratch:
             run = Run(
                 folder=str(self.folder),
@@ -133,13 +147,13 @@ class Race:
                 workers=workers,
                 scratch=scratch,
                 server_url=self.servers[source],
-                connections=FetchConfig().requests_far if source == "slow" else FetchConfig().requests_near,
-                settings=json.dumps(SETTINGS[payload]),
+                connections=requests or usual,
+                settings=json.dumps(SETTINGS[payload] | fetch),
                 limit_seconds=self.limit_seconds,
                 epochs=EPOCHS if system in ("ours", "plain") and not changes else 1,
                 **changes,
             )
-            where = f"{payload}/{source}/{workers} by {system}"
+            where = f"{payload}/{source}/{workers} by {_with_requests(system, requests)}"
             print(where, end=" ", file=sys.stderr, flush=True)
             figures = self._answer(run)
         if "error" in figures:
@@ -201,6 +215,10 @@ class Race:
         return statistics.median(runs) if runs else None
 
 
+def _with_requests(system: str, requests: int | None) -> str:
+    return system if requests is None else f"{system}, {requests} requests"
+
+
 def readers_of(payload: str, source: str) -> list[str]:
     """Systems that take part, ours first."""
     # read from a disk, mosaicml-streaming unpacks its shards beside themselves once, and reads those from then on
@@ -245,6 +263,9 @@ def run_all(race: Race, cells: list[tuple[str, str, int]], repeats: int) -> None
             workers = [each for *where, each in cells if where == [payload, source]]
             race.epoch(payload, source, "plain", 0)
             race.epoch(payload, source, "ours", 0)
+            if source == "slow" and payload != "views":
+                for requests in FEW_REQUESTS:
+                    race.few_requests(payload, source, requests)
             for system in peers_of(payload, source):
                 for number in workers:
                     if not repeat or race.contends(payload, source, system, number):
@@ -270,7 +291,13 @@ def compare(race: Race, cells: list[tuple[str, str, int]]) -> dict[str, dict[str
         fastest = max(peers, key=lambda system: peers[system]["samples_per_second"] or 0.0)
         thriftiest = min(peers, key=lambda system: peers[system]["cpu_microseconds_a_sample"] or math.inf)
         # by bytes that came: a little of an epoch may still be in memory from the one before
-        plain, fetched = (race.median(payload, source, system, 0, "bytes_per_second") for system in ("plain", "ours"))
+        shares, plain = {}, race.median(payload, source, "plain", 0, "bytes_per_second")
+        for requests in (None, *FEW_REQUESTS):
+            rates = [
+                race.median(payload, source, _with_requests(system, requests), 0, "bytes_per_second")
+                for system in ("ours", "plain")
+            ]
+            shares[requests] = ratio(rates[0] or 1e-9, rates[1])
         table[f"{payload}/{source}/{workers}"] = {
             "ours": ours,
             "peers": peers,
@@ -280,7 +307,10 @@ def compare(race: Race, cells: list[tuple[str, str, int]]) -> dict[str, dict[str
             "speed_ratio": ratio(ours["samples_per_second"] or 1e-9, peers[fastest]["samples_per_second"]),
             "thriftiest_peer": thriftiest,
             "cpu_ratio": ratio(ours["cpu_microseconds_a_sample"], peers[thriftiest]["cpu_microseconds_a_sample"]),
-            "share_of_plain": ratio(fetched or 1e-9, plain),
+            "share_of_plain": shares[None],
+            "share_of_plain_by_requests": {
+                str(requests): shares[requests] for requests in FEW_REQUESTS if shares[requests]
+            },
         }
     return table
 
@@ -351,6 +381,10 @@ def print_tables(race: Race, table: dict[str, dict[str, Any]], result: dict[str,
             f"{cell:<18}{shown['speed_ratio']:>8}{row['fastest_peer']:>17}{shown['cpu_ratio']:>11}"
             f"{row['thriftiest_peer']:>17}{shown['share_of_plain']:>15}"
         )
+    for cell, row in table.items():
+        if row["share_of_plain_by_requests"] and cell.endswith("/0"):
+            words = [f"{share:.2f} with {requests}" for requests, share in row["share_of_plain_by_requests"].items()]
+            print(f"{cell}: of plain GETs, {', '.join(words)} requests under way")
     if result["data_wait"]:
         print(
             f"\nshare of wall time waited for data, {STEP_BATCH} points a step of 25 ms, slow server (peers: 2 workers)"
@@ -396,6 +430,9 @@ def judge(race: Race, table: dict[str, dict[str, Any]], result: dict[str, Any]) 
                 entry["ok"] = None
                 entry["reason"] = f"zstd made them {compressed:.0f} times smaller: unpacking takes longer than any GET"
             shares[f"share_of_plain_gets_{payload}_{source}"] = entry
+            for requests, share in row["share_of_plain_by_requests"].items():
+                name = f"share_of_plain_gets_{payload}_{source}_{requests}_requests"
+                shares[name] = target(share, SHARE_OF_PLAIN[source], "higher")
     firsts = [row["ours"]["first_batch_seconds"] for cell, row in table.items() if "/slow/" in cell]
     excess = [
         row["ours"]["peak_mib"] - 1024 * SETTINGS[cell.split("/")[0]]["memory_gib"]

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -51,7 +52,7 @@ _JITTER: Final = random.SystemRandom()  # not the run's own, whose seed is the s
 class FetchConfig(BaseModel, extra="forbid", frozen=True):
     """How hard remote objects are asked for. Measured: benchmarks/stream.py."""
 
-    part_mib: PositiveFloat = 8.0  # a request asks for so much at most
+    part_mib: PositiveFloat = 8.0  # a request asks for about so much
     requests_near: PositiveInt = 8  # under way at once, where the first byte comes within 5 ms
     requests_far: PositiveInt = 32  # and elsewhere
     timeout_seconds: PositiveFloat = 20.0  # in which less than 256 KiB came, unless that is all
@@ -174,8 +175,12 @@ class Fetcher:
     def turn(self) -> Iterator[None]:
         """Within the block, this thread is one of those that may read now: more would only get into each other's way.
 
-        Requests have their turns by themselves; this is for what goes with them, as unpacking does.
+        Requests have their turns by themselves; this is for what goes with them, as unpacking does. Far away they have them
+        alone: the next one is under way while this thread works on what came.
         """
+        if self._tempo.is_far:
+            yield
+            return
         with self._turn(_Deadline(self.budget())):
             yield
 
@@ -218,11 +223,10 @@ class Fetcher:
         same, and once more all of them did, the object itself is damaged.
         """
         num_bytes = target.num_bytes
-        part_bytes = num_bytes if self.is_local else max(1, int(self._config.part_mib * 2**20))
-        parts = [
-            _Part(start + at, target.part(at, min(at + part_bytes, num_bytes)))
-            for at in range(0, num_bytes, part_bytes)
-        ]
+        # equal ones: a request for the little that is left beyond whole parts would wait as long for its first byte
+        num_parts = 1 if self.is_local else max(1, round(num_bytes / (self._config.part_mib * 2**20)))
+        bounds = [num_bytes * number // num_parts for number in range(num_parts + 1)]
+        parts = [_Part(start + begin, target.part(begin, end)) for begin, end in pairwise(bounds) if begin < end]
         trouble = _Trouble(deadline)
         times_settled = 0
         while True:
@@ -536,10 +540,17 @@ class _Tempo:
             self._first_bytes.append(first_byte_seconds)
             self._durations.append(seconds)
 
+    @property
+    def is_far(self) -> bool:
+        """Whether latency is what many requests hide; without it more of them only get into each other's way."""
+        with self._changed:
+            return self._is_far()
+
+    def _is_far(self) -> bool:
+        return not self._first_bytes or min(self._first_bytes) > _NEAR_SECONDS
+
     def _limit(self) -> int:
-        # latency is what many requests hide; without it more of them only get into each other's way
-        far = not self._first_bytes or min(self._first_bytes) > _NEAR_SECONDS
-        return self._config.requests_far if far else self._config.requests_near
+        return self._config.requests_far if self._is_far() else self._config.requests_near
 
 
 class Budget:
