@@ -69,19 +69,6 @@ class Order:
         slot, row = np.divmod(self._padded(shuffled, ragged), self.unit_samples)
         return permute(slot, self.num_units, self._unit_key(epoch)) * self.unit_samples + row
 
-    def windows(self, epoch: int, positions: Integers) -> Integers:
-        """The windows that these positions of an epoch lie in."""
-        return self._window_of_slot(self._padded(positions, self._ragged_slot(epoch)) // self.unit_samples)
-
-    def window_units(self, epoch: int, window: int) -> Integers:
-        """The units whose samples one window of an epoch shuffles."""
-        first, end = self._first_slot(np.array([window, window + 1], dtype=np.int64)).tolist()
-        return permute(np.arange(first, end, dtype=np.int64), self.num_units, self._unit_key(epoch))
-
-    def window_start(self, epoch: int, window: int) -> int:
-        """The first position of a window; that of the window after the last is `num_samples`."""
-        return int(self._window_start(np.array([window], dtype=np.int64), self._ragged_slot(epoch))[0])
-
     # The ragged unit may stand anywhere in an epoch. Slots are places for whole units, `padded` positions count as if
     # every slot were full, and the rows that the ragged unit lacks are stepped over: no position is lost or visited
     # twice, and every window is exact.
