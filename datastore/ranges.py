@@ -20,6 +20,7 @@ import urllib.request
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 from urllib.parse import SplitResult, urlsplit
@@ -41,6 +42,10 @@ _FINAL_ERRORS: Final = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, 
 _LEAST_BYTES: Final = 2**18  # that come within a time-out, or the answer's rest: else a trickle would never time out
 _PIECE_BYTES: Final = 2**14  # from here on a read is of an answer's content, whose length is known
 _HEAD_BYTES: Final = 2**13  # of an answer that are looked at together
+_NEARLY: Final = (
+    1.05  # a wait may last so much longer than it should: to tell the system takes as long as to read the head
+)
+_LONGEST_LINE, _MOST_FIELDS = 2**16, 100  # of an answer's head
 _MOST_PIECES: Final = 1024  # of memory that the system fills in one call
 _WHOLE_READ_TIMEOUTS: Final = 15  # a read through fsspec shows no single bytes: so many times as long as without one
 
@@ -353,11 +358,21 @@ class _SignedRanges:
         return _Connection(url, self._timeout_seconds, self._certificates)
 
 
+@dataclass
+class _LongestWait:
+    """How long the system lets a connection's socket wait for bytes, as far as it was told."""
+
+    seconds: float = 0.0
+
+
 class _Incoming(io.RawIOBase):
     """What the other side sends, as long as enough of it comes."""
 
-    def __init__(self, sock: socket.socket, timeout_seconds: float, file: io.BufferedIOBase) -> None:
+    def __init__(
+        self, sock: socket.socket, timeout_seconds: float, wait: "_LongestWait", file: io.BufferedIOBase
+    ) -> None:
         self._sock, self._timeout_seconds = sock, timeout_seconds
+        self._wait = wait
         self._file = file  # as long as it is open, a connection that ends with its answer stays open for that
         self.is_encrypted = isinstance(sock, ssl.SSLSocket)
         self._began, self._num_bytes = time.monotonic(), 0
@@ -384,7 +399,9 @@ class _Incoming(io.RawIOBase):
             count = self._sock.recv_into(pieces[0])
         else:
             # the system waits, until all is there: a thread that wakes for each piece fights the others for Python
-            _limit_waits(self._sock, socket.SO_RCVTIMEO, left_seconds)
+            if not left_seconds <= self._wait.seconds <= _NEARLY * left_seconds:
+                _limit_waits(self._sock, socket.SO_RCVTIMEO, left_seconds)
+                self._wait.seconds = left_seconds
             flags = socket.MSG_WAITALL if len(pieces) > 1 or len(pieces[0]) > _PIECE_BYTES else 0
             try:
                 count = self._sock.recvmsg_into(pieces, 0, flags)[0]
@@ -400,10 +417,49 @@ class _Incoming(io.RawIOBase):
 class _Response(http.client.HTTPResponse):
     """An answer; its content goes from the socket to where it belongs, without a copy between."""
 
-    def __init__(self, sock: socket.socket, timeout_seconds: float, **options: Any) -> None:
-        super().__init__(sock, **options)
-        self._incoming = _Incoming(sock, timeout_seconds, self.fp)
+    def __init__(self, sock: socket.socket, timeout_seconds: float, wait: "_LongestWait") -> None:
+        super().__init__(sock, method="GET")
+        self._incoming = _Incoming(sock, timeout_seconds, wait, self.fp)
         self.fp = io.BufferedReader(self._incoming, _HEAD_BYTES)
+
+    def begin(self) -> None:
+        """Reads the head, as the base class does. That has each head parsed as an e-mail, which takes longer than all else."""
+        self.status = http.client.CONTINUE
+        while self.status == http.client.CONTINUE:
+            line = self._line()
+            if not line:
+                raise http.client.RemoteDisconnected("the server ended the connection without an answer")
+            version, status, self.reason = [*line.split(maxsplit=2), "", "", ""][:3]
+            if not version.startswith("HTTP/1.") or not status.isdecimal() or len(status) != 3:
+                raise http.client.BadStatusLine(line)
+            self.code = self.status = int(status)
+            self.headers = self.msg = self._fields()
+        self.reason = self.reason.strip()
+        self.version = 10 if version == "HTTP/1.0" else 11
+        self.chunked = self.headers.get("Transfer-Encoding", "").lower() == "chunked"
+        self.chunk_left = None
+        length = self.headers.get("Content-Length", "")
+        self.length = int(length) if length.isdecimal() and not self.chunked else None
+        kept = self.headers.get("Connection", "close" if self.version == 10 else "").lower()
+        self.will_close = "close" in kept or (self.length is None and not self.chunked)
+
+    def _fields(self) -> http.client.HTTPMessage:
+        found, name = http.client.HTTPMessage(), ""
+        while (line := self._line()).strip():
+            if line[0] in " \t" and name:  # it goes on with the field before
+                found.replace_header(name, f"{found[name]} {line.strip()}")
+                continue
+            name, colon, value = line.partition(":")
+            if not colon or len(found) == _MOST_FIELDS:
+                raise http.client.HTTPException(f"{line[:80]!r} in the head of its answer")
+            found[name] = value.strip()
+        return found
+
+    def _line(self) -> str:
+        line = self.fp.readline(_LONGEST_LINE + 1)
+        if len(line) > _LONGEST_LINE:
+            raise http.client.LineTooLong("the head of the answer")
+        return line.decode("latin-1")
 
     def fill(self, target: Pieces) -> int:
         """How many bytes of the content were put into the target."""
@@ -427,19 +483,32 @@ class _Connection(http.client.HTTPConnection):
         self._certificates = certificates
         self._timeout_seconds = timeout_seconds
         self._call = Call()
+        self._answer: _Response | None = None
+        self._wait = _LongestWait()
 
     def ask(self, target: str, headers: dict[str, str]) -> _Response:
         """The head of the answer to a GET."""
         if isinstance(self.sock, ssl.SSLSocket):
             self.sock.settimeout(self._timeout_seconds)  # which the answer before has used up
-        self.request("GET", target, headers=headers)
-        response = self.getresponse()
-        assert isinstance(response, _Response)
+        if self.sock is None:
+            self.connect()
+        lines = [f"GET {target} HTTP/1.1", *map(": ".join, headers.items()), "Accept-Encoding: identity", "", ""]
+        self.sock.sendall("\r\n".join(lines).encode("ascii"))
+        self._answer = response = _Response(self.sock, self._timeout_seconds, self._wait)
+        try:
+            response.begin()
+        except BaseException:
+            response.close()
+            raise
+        if response.will_close:
+            super().close()  # the answer keeps the socket until it is read
         return response
 
-    def response_class(self, sock: socket.socket, **options: Any) -> "_Response":  # type: ignore[override]
-        """What reads the answer."""
-        return _Response(sock, self._timeout_seconds, **options)
+    def close(self) -> None:
+        super().close()
+        if self._answer is not None:
+            self._answer.close()  # which lets go of the socket
+            self._answer = None
 
     @contextmanager
     def reading_for(self, call: Call) -> Iterator[None]:
@@ -469,6 +538,7 @@ class _Connection(http.client.HTTPConnection):
         else:
             raise refusal
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._wait = _LongestWait()
         if self._certificates is None:
             self.sock.settimeout(None)
             _limit_waits(self.sock, socket.SO_SNDTIMEO, self._timeout_seconds)

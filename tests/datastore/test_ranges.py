@@ -7,17 +7,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException, HTTPResponse
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from datastore.errors import StoreError, ViewpointError
 from datastore.fetch import FetchConfig, Fetcher, FetchFailed
 from datastore.objects import ObjectFolder
 from datastore.pieces import Pieces
-from datastore.ranges import Call, Refused, open_ranges
+from datastore.ranges import Call, Refused, _LongestWait, _Response, open_ranges
 from tests.range_server import (
     CONTENT,
     Answer,
@@ -575,3 +578,60 @@ def test_a_read_through_fsspec_that_never_ends_is_given_up_within_the_budget() -
         fetched(fetcher, 0, 100)
     fetcher.close()
     folder.hangs_until.set()
+
+
+_FIELDS = st.lists(
+    st.sampled_from(
+        [
+            "Content-Length: 7", "content-length:0", "Content-Length: many", "Transfer-Encoding: chunked", "Connection: close",
+            "connection: Keep-Alive", "Content-Range: bytes 0-6/9", "Retry-After: 3", "X-Folded: one\r\n two", "X-Empty:",
+            "ETag: \"a:b\"", "x-amz-bucket-region:  eu-north-1 ",
+        ]
+    ),
+    unique_by=lambda line: line.partition(":")[0].lower(),
+)  # fmt: skip
+
+
+@given(
+    st.sampled_from(
+        ["HTTP/1.1 206 Partial Content", "HTTP/1.1 200 OK", "HTTP/1.0 200 OK", "HTTP/1.1 503", "HTTP/1.1 404 "]
+    ),
+    _FIELDS,
+    st.booleans(),
+)
+def test_the_head_of_an_answer_means_what_the_standard_library_takes_it_for(
+    status: str, fields: list[str], is_continued: bool
+) -> None:
+    head = "\r\n".join([*(["HTTP/1.1 100 Continue", ""] if is_continued else []), status, *fields, "", ""]).encode()
+    found = []
+    for kind in (HTTPResponse, lambda sock: _Response(sock, 5.0, _LongestWait())):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            theirs.sendall(head + b"content")
+            answer = kind(ours)
+            answer.begin()
+            folded = {name.lower(): " ".join(value.split()) for name, value in answer.headers.items()}
+            facts = answer.status, answer.reason, answer.version, answer.length, answer.chunked, answer.will_close
+            found.append((facts, folded, answer.fp.read1(7) if answer.fp else b""))
+            answer.close()
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"", b"\r\n", b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 abc\r\n\r\n", b"HTTP/1.1 200 OK\r\nno field\r\n\r\n",
+        b"HTTP/1.1 " + 70_000 * b"2",
+        b"HTTP/1.1 200 OK\r\n" + b"".join(b"F%d: x\r\n" % number for number in range(101)) + b"\r\n",
+    ],
+    ids=["none", "empty line", "another protocol", "no status", "no field", "long line", "many fields"],
+)  # fmt: skip
+def test_what_is_no_head_of_an_answer_is_refused(head: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(head)
+        theirs.shutdown(socket.SHUT_WR)
+        answer = _Response(ours, 5.0, _LongestWait())
+        with pytest.raises(HTTPException):
+            answer.begin()
+        answer.close()
