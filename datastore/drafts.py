@@ -323,16 +323,18 @@ class Drafts:
 
     def _read_into_places(self, name: str, visit: Visit, first_row: int, num_rows: int) -> None:
         places: list[memoryview | None] = [None] * num_rows
-        again: list[tuple[int, memoryview]] = []  # a padded epoch may have samples twice
+        num_wanted = 0
         for draft, run in visit.runs:
-            wanted = zip(
-                draft.plan.rows[run.start : run.end], draft.fields[name].places[run.start : run.end], strict=True
-            )
-            for row, place in wanted:
-                if places[row] is None:
-                    places[row] = place
-                else:
-                    again.append((row, place))
+            wanted = slice(run.start, run.end)
+            num_wanted += run.end - run.start
+            for row, place in zip(draft.plan.rows[wanted], draft.fields[name].places[wanted], strict=True):
+                places[row] = place
+        again: list[tuple[int, memoryview]] = []
+        if num_rows - places.count(None) < num_wanted:  # a padded epoch may have samples twice
+            for draft, run in visit.runs:
+                wanted = slice(run.start, run.end)
+                of_run = zip(draft.plan.rows[wanted], draft.fields[name].places[wanted], strict=True)
+                again += [(row, place) for row, place in of_run if place is not places[row]]
         self._samples.readers[name].read_into(first_row, places)
         for row, place in again:
             first = places[row]
