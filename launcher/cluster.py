@@ -50,7 +50,7 @@ from launcher.presence import holder_of
 from launcher.runs import COMPLETE
 from launcher.spec import LaunchSpec
 from launcher.stop import STOP_REQUESTED, StopRequest, Urgency
-from launcher.store_size import refuse_small_corpus, refuse_small_store
+from launcher.suitable_store import refuse_unsuitable_corpus, refuse_unsuitable_store
 from launcher.summary import STEP_FINISHED, results_of, summarise
 from launcher.terminal import Screen, open_screen
 from trainer.runfolder import RunFolder
@@ -78,7 +78,7 @@ def launch_on_cluster(
     goal, run = resolve(spec)
     steps = plan(goal, observe(goal))
     if not run.is_complete:
-        refuse_small_store(goal, spec.layout, steps)
+        refuse_unsuitable_store(goal, spec.layout, steps)
     if dry_run:
         print_documents(goal, spec, cluster, steps, documents, as_json=as_json)
         return EXIT_DONE
@@ -306,7 +306,7 @@ class _Followed:
                 if code != EXIT_DONE:
                     return code
                 if step.kind == "ingest":
-                    refuse_small_corpus(self._run, self._goal, layout, steps)
+                    refuse_unsuitable_corpus(self._run, self._goal, layout, steps)
             self._run.append_event(COMPLETE, seconds=time.monotonic() - started)
         return EXIT_DONE
 

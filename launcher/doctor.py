@@ -279,13 +279,20 @@ def _recipe(recipe: str, *, demo: bool) -> str:
 
 def _recipe_on_store(recipe: str, url: str) -> str:
     from datastore.layout import open_store
-    from launcher.store_size import num_available, say_shortage
+    from launcher.suitable_store import num_available, say_shortage
     from trainer.config import load_recipe
+    from trainer.evaluate.labels import unmet_needs
 
     config, store = load_recipe(recipe, demo=False), open_store(url)
     available = num_available(config, store)
     if config.global_batch > available:
         raise DoNotRetry(
             f"{say_shortage(config, available)}. Ingest more shapes, or launch with --set global_batch={available}"
+        )
+    lacks = unmet_needs(store, config.evaluation.protocols) if config.student is not None else []
+    if lacks:
+        raise DoNotRetry(
+            f"{'; '.join(lacks)}, so that {' and '.join(config.evaluation.protocols)} cannot judge what is trained. Ingest "
+            f"shapes with classes and splits, or launch with --set 'evaluation.protocols=[]'"
         )
     return f"split {config.data.split!r} has {available:,}, {available // config.global_batch:,} steps an epoch"

@@ -37,7 +37,7 @@ from launcher.rendezvous import RendezvousStore
 from launcher.runs import COMPLETE, ChosenRun, choose_run, continued, is_same_training, pinned
 from launcher.spec import LaunchSpec, check_world, node_counts_for, worlds_for
 from launcher.stop import STOP_REQUESTED, StopRequest, Urgency
-from launcher.store_size import refuse_small_corpus, refuse_small_store
+from launcher.suitable_store import refuse_unsuitable_corpus, refuse_unsuitable_store
 from launcher.summary import STEP_FINISHED, results_of, summarise
 from launcher.tail import last_lines
 from launcher.terminal import Screen, describe_end, open_screen
@@ -55,7 +55,7 @@ def launch(spec: LaunchSpec, *, command: str, dry_run: bool = False, as_json: bo
     goal, run = resolve(spec)
     steps = plan(goal, observe(goal))
     if not run.is_complete:
-        refuse_small_store(goal, spec.layout, steps)
+        refuse_unsuitable_store(goal, spec.layout, steps)
     if dry_run:
         print_plan(goal, spec, steps, this_machine(), as_json=as_json)
         return EXIT_DONE
@@ -189,7 +189,7 @@ class _Launch:
                 if outcome.exit_code != EXIT_DONE:
                     return self._broken_off(step, outcome)
                 if step.kind == "ingest":
-                    refuse_small_corpus(self._run, self._goal, self._spec.layout, steps)
+                    refuse_unsuitable_corpus(self._run, self._goal, self._spec.layout, steps)
             self._run.append_event(COMPLETE, seconds=time.monotonic() - started)
         return EXIT_DONE
 

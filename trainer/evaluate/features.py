@@ -14,8 +14,8 @@ from datastore.layout import Store
 from datastore.progress import Progress
 from models.encoding import PointEncoder
 from trainer.distributed import World, gather_reports
+from trainer.evaluate.labels import labelled_rows
 
-UNLABELLED = -1
 _BATCH = 64  # part of the result: another size may change last bits
 
 
@@ -27,13 +27,6 @@ class ShapeFeatures:
     labels: Int64[ndarray, " n"]
     values: Float32[ndarray, "n d"]
     clouds: tuple[str, ...]  # a hash of each shape's points: equal clouds under two names are found by it
-
-
-def labelled_rows(store: Store, split: str) -> tuple[Int64[ndarray, " n"], Int64[ndarray, " n"]]:
-    """Rows of a split and their labels, without the quarantined and the unlabelled."""
-    rows = store.rows(split)
-    labels = store.read("label", rows)
-    return rows[labels != UNLABELLED], labels[labels != UNLABELLED]
 
 
 def extract_features(

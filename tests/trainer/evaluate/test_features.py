@@ -18,7 +18,8 @@ from tests.ranks import run_ranks
 from tests.stores import sample_arrays, small_attributes
 from trainer.distributed import World
 from trainer.evaluate import features as features_module
-from trainer.evaluate.features import ShapeFeatures, extract_features, labelled_rows
+from trainer.evaluate.features import ShapeFeatures, extract_features
+from trainer.evaluate.labels import labelled_rows
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""Whether a store has enough shapes for every training of a launch, found out before anything heavy begins."""
+"""Whether a store has what every step of a launch asks of it, found out before anything heavy begins."""
 
 import json
 from collections.abc import Sequence
@@ -10,42 +10,28 @@ from launcher.command import Layout
 from launcher.facts import find_store
 from launcher.plan import Goal, Step
 from trainer.config import RunConfig
+from trainer.evaluate.labels import unmet_needs
 from trainer.recipes import known_jobs, recipe_path
 from trainer.runfolder import RunFolder
 
 
-def refuse_small_store(goal: Goal, layout: Layout, steps: Sequence[Step]) -> None:
-    """Ends a launch of which a training that is still to come takes more shapes a step than there are.
+def refuse_unsuitable_store(goal: Goal, layout: Layout, steps: Sequence[Step]) -> None:
+    """Ends a launch of which a step that is still to come asks for shapes or labels that the store lacks.
 
     A store that the launch makes itself passes until it is made.
     """
     store = find_store(goal)
     if store is None or (goal.makes_corpus and not store.is_complete()):
         return
-    short: dict[str, tuple[RunConfig, int]] = {}
-    for config in (step.config for step in steps if step.config is not None and not step.done):
-        available = num_available(config, store)
-        if config.global_batch > available:
-            short.setdefault(config.job, (config, available))
-    if not short:
-        return
-    if not store.is_complete():
-        more = "Let its ingest finish"
-    elif goal.makes_corpus:
-        more = "Ask for a larger corpus (--set prepare.corpus.source=...)"
-    else:
-        more = "Ingest more shapes"
-    lines = [f"{store.url} has too few shapes{'' if store.is_complete() else ' so far'}:"]
-    lines += [f"  - {say_shortage(config, available)}" for config, available in short.values()]
-    smaller = [_smaller_steps(goal, config, available, layout) for config, available in short.values() if available > 1]
-    lines.append(f"{more}, or let a step take fewer:" if smaller else f"{more}.")
-    raise DoNotRetry("\n".join(lines + [f"  - {each}" for each in smaller]))
+    said = [*_too_few_shapes(goal, layout, steps, store), *_no_evaluation(goal, steps, store)]
+    if said:
+        raise DoNotRetry("\n".join(said))
 
 
-def refuse_small_corpus(run: RunFolder, goal: Goal, layout: Layout, steps: Sequence[Step]) -> None:
+def refuse_unsuitable_corpus(run: RunFolder, goal: Goal, layout: Layout, steps: Sequence[Step]) -> None:
     """The same of a corpus that the launch has just made; the run's history says why it ends here."""
     try:
-        refuse_small_store(goal, layout, steps)
+        refuse_unsuitable_store(goal, layout, steps)
     except DoNotRetry as error:
         run.append_event("launch_failed", step="ingest", exit_code=error.exit_code, reason=str(error))
         raise
@@ -70,6 +56,46 @@ def largest_batch(available: int, layout: Layout) -> int | None:
     """The largest global batch of so many shapes or fewer that the processes share evenly, two each or more."""
     each = available // layout.world
     return each * layout.world if each > 1 else None
+
+
+def _too_few_shapes(goal: Goal, layout: Layout, steps: Sequence[Step], store: Store) -> list[str]:
+    """The lines on trainings that take more shapes a step than there are."""
+    short: dict[str, tuple[RunConfig, int]] = {}
+    for config in (step.config for step in steps if step.config is not None and not step.done):
+        available = num_available(config, store)
+        if config.global_batch > available:
+            short.setdefault(config.job, (config, available))
+    if not short:
+        return []
+    if not store.is_complete():
+        more = "Let its ingest finish"
+    elif goal.makes_corpus:
+        more = "Ask for a larger corpus (--set prepare.corpus.source=...)"
+    else:
+        more = "Ingest more shapes"
+    lines = [f"{store.url} has too few shapes{'' if store.is_complete() else ' so far'}:"]
+    lines += [f"  - {say_shortage(config, available)}" for config, available in short.values()]
+    smaller = [_smaller_steps(goal, config, available, layout) for config, available in short.values() if available > 1]
+    lines.append(f"{more}, or let a step take fewer:" if smaller else f"{more}.")
+    return lines + [f"  - {each}" for each in smaller]
+
+
+def _no_evaluation(goal: Goal, steps: Sequence[Step], store: Store) -> list[str]:
+    """The lines on what the protocols ask for that stand at the end of the launch."""
+    protocols = goal.config.evaluation.protocols
+    if all(step.done for step in steps if step.kind == "evaluate"):
+        return []
+    lacks = unmet_needs(store, protocols)
+    if not lacks:
+        return []
+    return [
+        f"{store.url} cannot judge what this launch trains, by {' and '.join(protocols)}:",
+        *(f"  - {each}" for each in lacks),
+        "Make the store of shapes whose folders, or the columns of whose index, say class and split (train, test), or train "
+        "without an evaluation:",
+        f"  - {goal.config.job}: add --set 'evaluation.protocols=[]'; afterwards `viewpoint evaluate RUN --protocol "
+        f"{protocols[0]} --data STORE` judges it on another store",
+    ]
 
 
 def _smaller_steps(goal: Goal, config: RunConfig, available: int, layout: Layout) -> str:
