@@ -52,6 +52,7 @@ from launcher.spec import LaunchSpec
 from launcher.stop import STOP_REQUESTED, StopRequest, Urgency
 from launcher.suitable_store import refuse_unsuitable_corpus, refuse_unsuitable_store
 from launcher.summary import STEP_FINISHED, results_of, summarise
+from launcher.tail import complaint
 from launcher.terminal import Screen, open_screen
 from trainer.runfolder import RunFolder
 
@@ -277,6 +278,7 @@ class _Followed:
         self._kubectl, self._documents = kubectl, documents
         self._screen, self._command = screen, command
         self._run = RunFolder(goal.run_url, writer="launcher")
+        self._why: dict[str, str] = {}  # the reason of a failure, and where its log is
 
     def run(self, steps: Sequence[Step]) -> int:
         """The exit code of the launch."""
@@ -299,7 +301,7 @@ class _Followed:
                         f"Stopped; what is finished is kept in {self._goal.run_url}. The same command goes on:\n  {self._command}"
                     )
                 elif code != EXIT_DONE:
-                    self._run.append_event("launch_failed", step=step.name, exit_code=code, reason="")
+                    self._run.append_event("launch_failed", step=step.name, exit_code=code, **self._why)
                     self._screen.say(
                         f"\nWhat is finished is kept. Once that is mended, the same command goes on:\n  {self._command}"
                     )
@@ -370,11 +372,17 @@ class _Followed:
         if code == EXIT_CANCELLED:
             self._screen.say(f"{job} was cancelled, and all saved.")
             return EXIT_STOPPED
-        self._screen.say(f"\n{job} failed: {job.reason()}")
+        reason = job.reason()
+        self._why = {"reason": reason}
+        self._screen.say(f"\n{job} failed: {reason}")
         if name is not None:
             self._screen.say(f"\nThe end of the log of pod {name}:")
-            for line in self._kubectl.last_lines(name, _FAILURE_LINES, job.namespace):
+            lines = self._kubectl.last_lines(name, _FAILURE_LINES, job.namespace)
+            for line in lines:
                 self._screen.say(f"    {line}")
+            namespace = job.namespace or self._cluster.namespace
+            show = f"kubectl logs {name}" + (f" --namespace {namespace}" if namespace else "")
+            self._why = {"reason": complaint(lines) or reason, "log": f"`{show}`"}
         return code
 
 

@@ -39,13 +39,14 @@ from launcher.spec import LaunchSpec, check_world, node_counts_for, worlds_for
 from launcher.stop import STOP_REQUESTED, StopRequest, Urgency
 from launcher.suitable_store import refuse_unsuitable_corpus, refuse_unsuitable_store
 from launcher.summary import STEP_FINISHED, results_of, summarise
-from launcher.tail import last_lines
+from launcher.tail import complaint, last_lines
 from launcher.terminal import Screen, describe_end, open_screen
 from trainer.config import RunConfig, load_recipe
 from trainer.runfolder import RUNS_URL, RunFolder
 
 _DEMO_FOLDER: Final = "demo"
 _FAILURE_LINES: Final = 15
+_COMPLAINT_LINES: Final = 200
 _PLAN_WIDTH: Final = 100
 _PLAN_INDENT: Final = 3
 
@@ -281,12 +282,16 @@ class _Launch:
             step.title,
             f"failed with exit code {outcome.exit_code}" + (f" on {outcome.culprit}" if step.on_nodes else ""),
         )
-        self._run.append_event("launch_failed", step=step.name, exit_code=outcome.exit_code, reason=outcome.reason)
+        lines = last_lines(outcome.log, _COMPLAINT_LINES) if outcome.log is not None else []
+        self._run.append_event(
+            "launch_failed", step=step.name, exit_code=outcome.exit_code, reason=complaint(lines) or outcome.reason,
+            log=_kept_log(RunFolder(step.run_url), outcome.log),
+        )  # fmt: skip
         if outcome.reason:
             self._screen.say(f"\n{outcome.reason[:1].upper()}{outcome.reason[1:]}.")
         if outcome.log is not None:
             self._screen.say(f"\nThe end of {outcome.log}:")
-            for line in last_lines(outcome.log, _FAILURE_LINES):
+            for line in lines[-_FAILURE_LINES:]:
                 self._screen.say(f"    {line}")
         self._screen.say(
             f"\nWhat is finished is kept. Once that is mended, the same command goes on:\n  {self._command}"
@@ -337,6 +342,16 @@ def logs_folder(run: RunFolder) -> Path:
     if run.local_path is not None:
         return Path(run.local_path) / "logs"
     return Path("logs") / run.url.partition("://")[2]
+
+
+def _kept_log(run: RunFolder, log: Path | None) -> str:
+    """Where a log of a run is found later: below the run's URL, whichever machine wrote it."""
+    folder = logs_folder(run)
+    return (
+        f"{run.url}/logs/{log.relative_to(folder)}"
+        if log is not None and log.is_relative_to(folder)
+        else str(log or "")
+    )
 
 
 def print_plan(goal: Goal, spec: LaunchSpec, steps: tuple[Step, ...], machine: Machine, *, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -25,6 +26,7 @@ examples:
 """
 
 _WATCH_SECONDS: Final = 2.0
+_REASON_WIDTH: Final = 240
 _OF_A_STEP: Final = ("samples_per_second", "data_wait_share")
 
 Record = Mapping[str, Any]
@@ -77,6 +79,7 @@ def state_of(folder: "RunFolder") -> dict[str, Any]:
         "working": holder is not None,
         "worker": str(holder) if holder is not None else None,
         "state": _state(events, working=holder is not None),
+        "failure": _failure(events, working=holder is not None),
         "time": max(times, default=None),
         "trainings": trainings,
         "scores": {name: record["accuracy"] for name, record in folder.records().items()},
@@ -88,6 +91,8 @@ def describe(state: Mapping[str, Any], now: float) -> str:
     lines = [
         f"{state['run']} ({state['job']}): {state['state']}" + (f", {state['worker']}" if state["working"] else "")
     ]
+    if state["failure"] is not None:
+        lines += _describe_failure(state["failure"], state["run"])
     for training in state["trainings"]:
         lines += _describe_training(training, now, working=state["working"])
     lines += [f"  {name}: {100 * accuracy:.1f} % of the test shapes" for name, accuracy in state["scores"].items()]
@@ -158,7 +163,7 @@ def _state(events: Sequence[Record], *, working: bool) -> str:
         if kind == "launch_stopped":
             return "stopped; the same launch goes on"
         if kind == "launch_failed":
-            return "failed; see its logs"
+            return "failed"
         if kind == "launch_started" and event.get("on") == "k8s":
             return (
                 "no pod at work now: they wait for their cluster, or its launcher was killed; the same launch goes on"
@@ -166,6 +171,24 @@ def _state(events: Sequence[Record], *, working: bool) -> str:
         if kind == "launch_started":
             return "broken off without a word: its launcher was killed; the same launch goes on"
     return "trained" if any(event["event"] == "finished" for event in events) else "not running"
+
+
+def _failure(events: Sequence[Record], *, working: bool) -> dict[str, Any] | None:
+    """The step at which a run failed, why, and where to read more; None of a run that did not fail last."""
+    if _state(events, working=working) != "failed":
+        return None
+    event = next(each for each in reversed(events) if each["event"] == "launch_failed")
+    return {key: event.get(key) for key in ("step", "exit_code", "reason", "log")}
+
+
+def _describe_failure(failure: Record, run_url: str) -> list[str]:
+    """Why a run failed, in a line that is cut where it is very long, and where its logs are."""
+    why = textwrap.shorten(failure["reason"] or "", _REASON_WIDTH, placeholder=" ...")
+    said = f"  failed at step {failure['step']!r} with exit code {failure['exit_code']}"
+    return [
+        f"{said}: {why}" if why else said,
+        f"  its log: {failure['log']}" if failure["log"] else f"  its logs: {run_url}/logs",
+    ]
 
 
 def _training(name: str, run: "RunFolder") -> dict[str, Any]:

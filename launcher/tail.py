@@ -1,11 +1,17 @@
 """Reads files of JSON lines while others still write them."""
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from trainer.lines import records_of
 
 Record = dict[str, Any]
+
+_COMPLAINT: Final = re.compile(
+    r"(?:\[rank\d+\]: )?(?:viewpoint: (?P<message>.+)|(?P<exception>[\w.]+(?:Error|Exception)\b.*))"
+)
 
 
 class Tail:
@@ -37,3 +43,10 @@ def last_lines(path: Path, count: int) -> list[str]:
     except FileNotFoundError:
         return []
     return text.splitlines()[-count:]
+
+
+def complaint(lines: Iterable[str]) -> str:
+    """What a log says went wrong: our own last message, else the last exception; empty where it tells neither."""
+    found = [match for match in map(_COMPLAINT.fullmatch, lines) if match is not None]
+    messages = [match["message"] for match in found if match["message"]]
+    return (messages or [match["exception"] for match in found] or [""])[-1]

@@ -148,7 +148,9 @@ def test_steps_are_applied_in_order_until_one_fails_and_its_log_is_shown(
     assert "the same command goes on:\n  viewpoint launch pointmcd --nodes 2 --on k8s" in said
     run = RunFolder(f"{RUNS}/pointmcd-1")
     assert run.config().metrics.port == 9400
-    assert [event["event"] for event in run.events()][-1] == "launch_failed"
+    failed = run.events()[-1]
+    assert (failed["event"], failed["step"], failed["reason"]) == ("launch_failed", "pretrain", "the cluster says why")
+    assert failed["log"].startswith("`kubectl logs ")
     assert kubectl.asked.count("apply --dry-run=server -f -") == 4, "the server judges before anything is created"
 
 

@@ -241,6 +241,11 @@ def test_a_failure_shows_the_end_of_the_log_that_says_why(here: Path, capsys: py
     assert "pretrain: failed with exit code 2 on node 0" in said
     assert "worker-0.err.log:\n    viewpoint: data.num_points is 4000" in said
     assert "the same command goes on:\n  viewpoint launch ./mine.yaml" in said
+    assert main(["status", "bad"]) == EXIT_DONE
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("  failed at step 'pretrain' with exit code 2: data.num_points is 4000")
+    assert lines[2].startswith("  its log: runs/bad/logs/node-0/pretrain/")
+    assert Path(lines[2].removeprefix("  its log: ")).exists()
 
 
 def test_a_port_in_use_ends_a_launch_before_it_starts_anything(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from launcher.readings import ProgressReader, Reading, combine
-from launcher.tail import Record, Tail, last_lines
+from launcher.tail import Record, Tail, complaint, last_lines
 
 
 def line(stage: str, done: int, *, time: float = 0.0, rate: float = 2.0, **note: float) -> Record:
@@ -70,3 +72,17 @@ def test_the_last_lines_of_a_log(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("one\ntwo\nthree\n")
     assert last_lines(tmp_path / "log", 2) == ["two", "three"]
     assert last_lines(tmp_path / "no log", 2) == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["step 1", "viewpoint: No room.", "  - a list", "W destroy_process_group()"], "No room."),
+        (["Traceback (most recent call last):", "torch.OutOfMemoryError: CUDA", "bye"], "torch.OutOfMemoryError: CUDA"),
+        (["[rank1]: RuntimeError: connection closed by peer"], "RuntimeError: connection closed by peer"),
+        (["2026-11-22 06:37 WARNING DeepSpeed: [Rank 0] RuntimeError: not this", ""], ""),
+        ([], ""),
+    ],
+)  # fmt: skip
+def test_a_log_says_what_went_wrong(lines: list[str], said: str) -> None:
+    assert complaint(lines) == said

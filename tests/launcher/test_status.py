@@ -58,9 +58,32 @@ def test_how_a_run_ended_is_told_apart(run: RunFolder) -> None:
     run.append_event("launch_stopped", step="pretrain")
     assert state_of(run)["state"] == "stopped; the same launch goes on"
     run.append_event("launch_failed", step="pretrain", exit_code=1)
-    assert state_of(run)["state"] == "failed; see its logs"
+    assert state_of(run)["state"] == "failed"
     run.append_event(COMPLETE)
     assert state_of(run)["state"] == "complete"
+
+
+def test_a_failed_run_says_why_and_where_its_log_is(run: RunFolder) -> None:
+    log = f"{run.url}/logs/node-0/pretrain/start-000/worker-0.err.log"
+    reason = "Training stopped at step 2:\n  - term 'task' is nan on rank 0 for samples " + "[1, 2, 3], " * 40
+    run.append_event("launch_failed", step="pretrain", exit_code=64, reason=reason, log=log)
+    lines = describe(state_of(run), time.time()).splitlines()
+    assert lines[0] == f"{run.url} (tiny): failed"
+    assert lines[1].startswith(
+        "  failed at step 'pretrain' with exit code 64: Training stopped at step 2: - term 'task'"
+    )
+    assert lines[1].endswith(", ..."), "cut at a word"
+    assert len(lines[1]) < 300
+    assert lines[2] == f"  its log: {log}"
+    assert state_of(run)["failure"] == {"step": "pretrain", "exit_code": 64, "reason": reason, "log": log}
+
+
+def test_a_failure_of_which_nothing_is_known_still_names_the_folder_of_logs(run: RunFolder) -> None:
+    run.append_event("launch_failed", step="pretrain", exit_code=1, reason="")
+    lines = describe(state_of(run), time.time()).splitlines()
+    assert lines[1:3] == ["  failed at step 'pretrain' with exit code 1", f"  its logs: {run.url}/logs"]
+    run.append_event("launch_started")
+    assert state_of(run)["failure"] is None
 
 
 def test_the_speed_is_the_newest_steps_while_it_trains_and_the_median_steps_afterwards(run: RunFolder) -> None:
