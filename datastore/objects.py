@@ -8,8 +8,10 @@ import errno
 import fcntl
 import mmap
 import os
+import re
 import shutil
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -32,9 +34,11 @@ BOOKKEEPING_FOLDER: Final = "_viewpoint"
 DRAFTS_FOLDER: Final = f"{BOOKKEEPING_FOLDER}/drafts"
 """Where local objects are written before they are moved to their place; below the root, so that it is the same disk."""
 
+_PROTOCOL_ALONE: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/*")
 _DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_HARD_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _CONFLICT, _PRECONDITION_FAILED, _INSUFFICIENT_STORAGE = 409, 412, 507  # of HTTP
+_REFUSED: Final = (401, 403)
 _CREATE_ATTEMPTS: Final = 5
 _LARGEST_S3_PUT: Final = 5 * 2**30
 _LARGEST_COPY: Final = 100 * 2**20  # above it s3fs uploads in parts
@@ -50,7 +54,11 @@ class ObjectFolder:
     """The objects below one URL."""
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
-        self.url = os.fspath(url).rstrip("/")
+        given = os.fspath(url)
+        if not given.strip() or _PROTOCOL_ALONE.fullmatch(given):
+            said = f"{given} names no bucket, server or folder" if given.strip() else "An empty name was given"
+            raise DoNotRetry(f"{said}. Use a local path, s3://BUCKET/PATH or https://SERVER/PATH.")
+        self.url = given.rstrip("/") or "/"
 
     @cached_property
     def _filesystem(self) -> fsspec.AbstractFileSystem:
@@ -254,7 +262,7 @@ class ObjectFolder:
                         self._filesystem.abort_mpu(bucket, key, upload["UploadId"])
 
     def _path(self, name: str) -> str:
-        return f"{self.root}/{name}" if name else self.root
+        return f"{self.root}/{name}" if name else self.root or "/"
 
     def _put_local(self, name: str, content: bytes | mmap.mmap, *, only_if_absent: bool) -> bool:
         path = self.local_path / name
@@ -310,6 +318,15 @@ class ObjectFolder:
             raise Unavailable(
                 f"{where} cannot be reached: {error}. Check the network, and AWS_ENDPOINT_URL if the server is not "
                 f"Amazon's; then run the same command again."
+            ) from error
+        except _http_errors() as error:
+            if http_status(error) in _REFUSED:
+                raise StoreError(
+                    f"Access to {where} is refused ({error}). The server wants to know who asks."
+                ) from error
+            raise Unavailable(
+                f"{where} cannot be read: {error or type(error).__name__}. Check the address, and whether the server runs "
+                f"and the network reaches it; then run the same command again."
             ) from error
 
     @contextmanager
@@ -391,6 +408,12 @@ def _sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _http_errors() -> tuple[type[BaseException], ...]:
+    """How a plain HTTP server's silence is raised: by aiohttp, which is imported where such a server is asked."""
+    aiohttp = sys.modules.get("aiohttp")
+    return () if aiohttp is None else (aiohttp.ClientError,)
 
 
 def http_status(error: BaseException | None) -> int | None:

@@ -8,9 +8,11 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,7 +22,7 @@ from botocore.exceptions import ClientError
 from s3fs import S3FileSystem
 from s3fs.errors import translate_boto_error
 
-from datastore.errors import AskedWrongly, DoNotRetry, StoreError, ViewpointError
+from datastore.errors import AskedWrongly, DoNotRetry, StoreError, Unavailable, ViewpointError
 from datastore.objects import DRAFTS_FOLDER, ObjectFolder, http_status
 from tests.s3_server import forget_clients
 
@@ -159,6 +161,52 @@ def test_a_server_that_does_not_answer_is_named_with_what_to_check(monkeypatch: 
 def test_an_unknown_protocol_is_the_askers_mistake(url: str) -> None:
     with pytest.raises(AskedWrongly, match="local path, s3://"):
         ObjectFolder(url).exists("zarr.json")
+
+
+@pytest.mark.parametrize("url", ["", " ", "s3:", "s3://", "http://", "file:///", "memory://"])
+def test_a_url_that_names_nothing_is_refused_and_is_not_the_working_directory(url: str) -> None:
+    with pytest.raises(DoNotRetry, match=r"An empty name was given|names no bucket, server or folder"):
+        ObjectFolder(url)
+
+
+def test_the_root_of_the_disk_is_not_the_working_directory() -> None:
+    assert {"tmp", "usr"} <= set(ObjectFolder("/").names())
+    assert ObjectFolder("/").url == "/"
+
+
+class _Answering(BaseHTTPRequestHandler):
+    """Answers each request with the status that is its path."""
+
+    def do_GET(self) -> None:
+        self.send_error(int(self.path.rpartition("/")[2]))
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def http_server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Answering) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/store"
+        server.shutdown()
+
+
+def test_a_web_servers_refusal_is_told_from_its_trouble_and_from_an_absent_object(http_server: str) -> None:
+    folder = ObjectFolder(http_server)
+    with pytest.raises(FileNotFoundError):
+        folder.read("404")
+    with pytest.raises(StoreError, match=r"Access to .*/store/403 is refused"):
+        folder.read("403")
+    with pytest.raises(Unavailable, match=r"503.*whether the server runs"):
+        folder.read("503")
+
+
+def test_a_web_server_that_does_not_answer_is_unavailable() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    with pytest.raises(Unavailable, match=rf"127\.0\.0\.1:{port}/store/zarr\.json cannot be read: Cannot connect"):
+        ObjectFolder(f"http://127.0.0.1:{port}/store").read("zarr.json")
 
 
 @pytest.mark.parametrize("code", ["PreconditionFailed", "412"])
