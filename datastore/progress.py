@@ -8,9 +8,10 @@ seconds elsewhere.
 import json
 import math
 import os
+import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -19,6 +20,7 @@ PROGRESS_DIR_VARIABLE: Final = "VIEWPOINT_PROGRESS_DIR"
 _FILE_INTERVAL_SECONDS: Final = 0.2
 _TERMINAL_INTERVAL_SECONDS: Final = 0.2
 _LOG_INTERVAL_SECONDS: Final = 5.0
+_STAGE_WIDTH: Final = 9
 
 
 class Progress:
@@ -81,30 +83,45 @@ class Progress:
             with self._path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             return
-        line = progress_line(self.stage, self.done, self.total, self.unit, self.rate, self._note)
+        parts = _parts(self.done, self.total, self.unit, self.rate, self._note)
         if sys.stderr.isatty():
+            line = fit(self.stage, parts, _columns() - 1, title_width=_STAGE_WIDTH)
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
         else:
-            print(line, file=sys.stderr, flush=True)
+            print(f"{self.stage:<{_STAGE_WIDTH}} {'  '.join(parts)}", file=sys.stderr, flush=True)
 
 
-def progress_line(
-    stage: str, done: int, total: int, unit: str, rate: float, note: Mapping[str, float | int | str]
-) -> str:
-    """One line for people: how far, how fast, how long still, and the stage's own figures."""
-    share = f"{100 * done / total:3.0f}%" if total else "  0%"
-    if unit == "bytes":
-        parts = [f"{stage:<9} {share}  {format_bytes(done)} of {format_bytes(total)}"]
-        rate_text = f"{format_bytes(rate)}/s"
-    else:
-        parts = [f"{stage:<9} {share}  {done:,}/{total:,} {unit}"]
-        rate_text = f"{rate:,.1f} {unit}/s"
+def fit(title: str, parts: Sequence[str], width: int, *, title_width: int) -> str:
+    """A line of so many columns at most: whole figures, of which the last ones go first, after the room beside the title."""
+    line = f"{title:<{title_width}} {'  '.join(parts)}"
+    for shown in range(len(parts), 0, -1):
+        if len(line) <= width:
+            break
+        line = f"{title} {'  '.join(parts[:shown])}"
+    return line[:width]
+
+
+def _columns() -> int:
+    """How wide the terminal is now that stderr goes to."""
+    try:
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    except OSError:
+        columns = 0
+    return columns or shutil.get_terminal_size().columns
+
+
+def _parts(done: int, total: int, unit: str, rate: float, note: Mapping[str, float | int | str]) -> list[str]:
+    """What a line says, what matters most first: how far, how long still, how fast, and the stage's own figures."""
+    parts = [f"{100 * done / total:3.0f}%" if total else "  0%"]
+    is_bytes = unit == "bytes"
+    parts.append(f"{format_bytes(done)} of {format_bytes(total)}" if is_bytes else f"{done:,}/{total:,} {unit}")
     if rate > 0:
-        parts.append(rate_text)
         if done < total:
             parts.append(f"{format_seconds((total - done) / rate)} left")
-    parts += [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in note.items()]
-    return "  ".join(parts)
+        parts.append(f"{format_bytes(rate)}/s" if is_bytes else f"{rate:,.1f} {unit}/s")
+    return parts + [
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in note.items()
+    ]
 
 
 def format_seconds(seconds: float) -> str:

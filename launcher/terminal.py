@@ -3,7 +3,7 @@
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Self, TextIO
 
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Column
 from rich.text import Text
 
-from datastore.progress import format_seconds
+from datastore.progress import fit, format_seconds
 from launcher.readings import Reading
 
 PLAIN_INTERVAL_SECONDS: Final = 5.0
@@ -61,7 +61,9 @@ class _LineColumn(ProgressColumn):
         self._width = width
 
     def render(self, task: Task) -> Text:
-        return Text(fit(task.description, task.fields["parts"], self._width()), overflow="ellipsis")
+        return Text(
+            fit(task.description, task.fields["parts"], self._width(), title_width=_TITLE_WIDTH), overflow="ellipsis"
+        )
 
 
 class LiveScreen(Screen):
@@ -139,16 +141,6 @@ def open_screen(stream: TextIO | None = None) -> Screen:
 def describe(reading: Reading) -> str:
     """How far, how long still, and the stage's own figures, in one line: what matters most comes first."""
     return "  ".join(_parts(reading))
-
-
-def fit(title: str, parts: Sequence[str], width: int) -> str:
-    """The line of a step in so many columns: whole figures, of which the last ones go first, after the room beside the title."""
-    line = f"{title:<{_TITLE_WIDTH}} {'  '.join(parts)}"
-    for shown in range(len(parts), 0, -1):
-        if len(line) <= width:
-            break
-        line = f"{title} {'  '.join(parts[:shown])}"
-    return line
 
 
 def _parts(reading: Reading) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 
 from launcher import terminal
 from launcher.readings import Reading
-from launcher.terminal import LiveScreen, PlainScreen, describe, describe_end, fit, open_screen
+from launcher.terminal import LiveScreen, PlainScreen, describe, describe_end, open_screen
 
 TRAINING = Reading("pretrain", 30, 120, "steps", 4.5, 0, {"loss": 1.23456, "samples/s": 310.0, "data wait": "3%"})
 INGEST = Reading("ingest", 160, 640, "shapes", 6.25, 100, {})
@@ -24,20 +24,6 @@ class Terminal(io.StringIO):
 def test_a_line_says_what_matters_most_first() -> None:
     assert describe(TRAINING) == "25%  20 s left  30/120 steps  310 samples/s  loss 1.235  data wait 3%"
     assert describe(INGEST) == "25%  1 min 17 s left  160/640 shapes  6.25 shapes/s"
-
-
-@pytest.mark.parametrize(
-    ("width", "line"),
-    [
-        (140, "pretrain                   25%  20 s left  30/120 steps  310 samples/s  loss 1.235  data wait 3%"),
-        (80, "pretrain 25%  20 s left  30/120 steps  310 samples/s  loss 1.235  data wait 3%"),
-        (70, "pretrain 25%  20 s left  30/120 steps  310 samples/s  loss 1.235"),
-        (40, "pretrain 25%  20 s left  30/120 steps"),
-        (10, "pretrain 25%"),
-    ],
-)
-def test_a_narrow_terminal_loses_whole_figures_the_least_important_first(width: int, line: str) -> None:
-    assert fit("pretrain", describe(TRAINING).split("  "), width) == line
 
 
 @pytest.mark.parametrize("columns", [60, 80, 130])
