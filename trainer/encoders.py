@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from models.students import build_student
 from trainer.checkpoint import load_weights, open_checkpoint
 from trainer.config import RunConfig
 from trainer.fetched import fetched
-from trainer.runfolder import RunFolder
+from trainer.runfolder import RunFolder, run_named, say_known_runs
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,12 @@ class FoundEncoder:
         return training
 
 
+def encoder_url(named: str) -> str:
+    """The URL of an encoder that is named by a URL, by a path, or, as a run in ./runs, by its name."""
+    run = None if "://" in named or Path(named).exists() else run_named(named)
+    return named if run is None else run.url
+
+
 def find_encoder(url: str, *, random_weights: bool = False) -> FoundEncoder:
     """The encoder at a URL; of a run the newest checkpoint, or on request the weights that training began with."""
     folder = ObjectFolder(url)
@@ -83,6 +90,7 @@ def find_encoder(url: str, *, random_weights: bool = False) -> FoundEncoder:
     raise AskedWrongly(
         f"{url} is no run folder (it has no config.yaml), no checkpoint of a run (RUN/checkpoints/step-...), and no "
         f"exported folder (it has no {CONFIG_FILE}). There is {found}."
+        + ("" if "/" in url else f" {say_known_runs(url)}")
     )
 
 

@@ -202,18 +202,25 @@ class RunFolder:
 
 def find_run(run: str, runs_url: str = RUNS_URL) -> RunFolder:
     """The run at a URL or path, or of that name in a folder; an error that lists what is there where there is none."""
-    for url in (run,) if "://" in run else (run, f"{runs_url}/{run}"):
-        folder = RunFolder(url)
-        if folder.exists():
-            return folder
+    folder = run_named(run, runs_url)
+    if folder is None:
+        raise DoNotRetry(f"{run} is no run folder: it has no config.yaml. {say_known_runs(run, runs_url)}")
+    return folder
+
+
+def run_named(run: str, runs_url: str = RUNS_URL) -> RunFolder | None:
+    """The run at a URL or path, or of that name in a folder; None where there is none."""
+    folders = (RunFolder(url) for url in ((run,) if "://" in run else (run, f"{runs_url}/{run}")))
+    return next((folder for folder in folders if folder.exists()), None)
+
+
+def say_known_runs(run: str, runs_url: str = RUNS_URL) -> str:
+    """Which runs there are where one was looked for, or how to start one."""
     parent, _, _ = run.rstrip("/").rpartition("/")
     names = run_names(parent or runs_url)
-    known = (
-        f"Runs in {parent or shown_folder(runs_url)}: {', '.join(names)}."
-        if names
-        else "Start one with `viewpoint launch JOB`."
-    )
-    raise DoNotRetry(f"{run} is no run folder: it has no config.yaml. {known}")
+    if not names:
+        return "Start one with `viewpoint launch JOB`."
+    return f"Runs in {parent or shown_folder(runs_url)}: {', '.join(names)}."
 
 
 def shown_folder(url: str) -> str:

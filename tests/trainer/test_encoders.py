@@ -12,7 +12,7 @@ from datastore.layout import Store, open_store
 from models.encoding import PointEncoder
 from tests.runs import STEPS, tiny_config
 from trainer.checkpoint import load_weights
-from trainer.encoders import find_encoder, initial_encoder, trained_encoder
+from trainer.encoders import encoder_url, find_encoder, initial_encoder, trained_encoder
 from trainer.runfolder import RunFolder
 
 
@@ -50,6 +50,21 @@ def test_a_relative_path_is_understood(tiny_run: RunFolder, monkeypatch: pytest.
     monkeypatch.chdir(Path(tiny_run.url) / "checkpoints")
     assert find_encoder("step-00000002").step == 2
     assert find_encoder("..").step == STEPS
+
+
+def test_a_run_in_the_folder_of_runs_is_known_by_its_name(
+    tiny_run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_run.url, "runs/first")
+    assert encoder_url("first") == "runs/first"
+    assert find_encoder(encoder_url("first")).step == STEPS
+    for other in ("runs/first", "runs/first/checkpoints", "s3://bucket/first", "absent"):
+        assert encoder_url(other) == other
+    with pytest.raises(AskedWrongly, match=r"There is nothing\. Runs in \./runs: first\."):
+        find_encoder("absent")
+    shutil.copytree(tiny_run.export_url, "first")
+    assert encoder_url("first") == "first", "what lies at the path itself comes before a run of that name"
 
 
 def test_random_weights_are_those_that_training_begins_with(tiny_run: RunFolder, tiny_corpus: Store) -> None:

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="a run folder (its newest checkpoint), one of its checkpoints, or an exported folder",
+        help="a run's folder or its name in ./runs (its newest checkpoint), one of its checkpoints, or an exported folder",
     )
     parser.add_argument("--protocol", metavar="NAME", required=True, help=f"one of: {', '.join(PROTOCOLS)}")
     parser.add_argument("--data", metavar="STORE", required=True, help="URL of the store with the labelled shapes")
@@ -68,13 +68,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     from datastore.layout import open_store
     from trainer.distributed import joined
-    from trainer.encoders import find_encoder
+    from trainer.encoders import encoder_url, find_encoder
     from trainer.evaluate.features import extract_features
     from trainer.numerics import exact_float32
 
     exact_float32()
     store = open_store(arguments.data)
-    found = find_encoder(arguments.checkpoint, random_weights=arguments.random_weights)
+    url = encoder_url(arguments.checkpoint)
+    found = find_encoder(url, random_weights=arguments.random_weights)
     encoder = _point_encoder(found)
     began = time.monotonic()
     with joined(_GATHER_TIMEOUT_SECONDS) as world:
@@ -91,8 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
         "fit_and_score": round(time.monotonic() - extracted, 3),
     }
     record |= _provenance(found, store, features)
-    name = record_name(arguments.protocol, arguments.record, found, arguments.checkpoint)
-    _keep(found, arguments.checkpoint, name, record)
+    name = record_name(arguments.protocol, arguments.record, found, url)
+    _keep(found, url, name, record)
     print(json.dumps(record) if arguments.json else describe(record), flush=True)
     return EXIT_DONE
 
