@@ -14,7 +14,8 @@ a peer that was then less than half as fast as the best of its cell, and took tw
 thriftiest, is not measured again. See `readers/` for the parts.
 
 Plain GETs have as many requests under way as ours by default has, 8 near and 32 far away; beside the server far away both
-are measured with 8 and 16, too. With so few its network is what holds them up, and not the cores, which serve both ends.
+are measured with 8 and 16, too, for points and features. With so few its network is what holds them up, and not the cores,
+which serve both ends.
 
 All of it takes about twenty minutes on two quiet cores, and some eight with --quick, of which a few go to the files that the
 systems read: --folder keeps those for the next time (9 GB), and --repeats 0 only writes them. --cells takes some cells by
@@ -215,6 +216,11 @@ class Race:
         return statistics.median(runs) if runs else None
 
 
+def _takes_few_requests(payload: str, source: str) -> bool:
+    """Views take longer to unpack than to fetch, however few requests are under way."""
+    return source == "slow" and payload != "views"
+
+
 def _with_requests(system: str, requests: int | None) -> str:
     return system if requests is None else f"{system}, {requests} requests"
 
@@ -263,7 +269,7 @@ def run_all(race: Race, cells: list[tuple[str, str, int]], repeats: int) -> None
             workers = [each for *where, each in cells if where == [payload, source]]
             race.epoch(payload, source, "plain", 0)
             race.epoch(payload, source, "ours", 0)
-            if source == "slow" and payload != "views":
+            if _takes_few_requests(payload, source):
                 for requests in FEW_REQUESTS:
                     race.few_requests(payload, source, requests)
             for system in peers_of(payload, source):
@@ -382,8 +388,9 @@ def print_tables(race: Race, table: dict[str, dict[str, Any]], result: dict[str,
             f"{row['thriftiest_peer']:>17}{shown['share_of_plain']:>15}"
         )
     for cell, row in table.items():
-        if row["share_of_plain_by_requests"] and cell.endswith("/0"):
-            words = [f"{share:.2f} with {requests}" for requests, share in row["share_of_plain_by_requests"].items()]
+        shares = {requests: share for requests, share in row["share_of_plain_by_requests"].items() if share is not None}
+        if shares and cell.endswith("/0"):
+            words = [f"{share:.2f} with {requests}" for requests, share in shares.items()]
             print(f"{cell}: of plain GETs, {', '.join(words)} requests under way")
     if result["data_wait"]:
         print(
@@ -430,7 +437,9 @@ def judge(race: Race, table: dict[str, dict[str, Any]], result: dict[str, Any]) 
                 entry["ok"] = None
                 entry["reason"] = f"zstd made them {compressed:.0f} times smaller: unpacking takes longer than any GET"
             shares[f"share_of_plain_gets_{payload}_{source}"] = entry
-            for requests, share in row["share_of_plain_by_requests"].items():
+            for requests, share in (
+                row["share_of_plain_by_requests"].items() if _takes_few_requests(payload, source) else ()
+            ):
                 name = f"share_of_plain_gets_{payload}_{source}_{requests}_requests"
                 shares[name] = target(share, SHARE_OF_PLAIN[source], "higher")
     firsts = [row["ours"]["first_batch_seconds"] for cell, row in table.items() if "/slow/" in cell]

@@ -193,10 +193,13 @@ class Drafts:
         self._waiting: dict[int, deque[tuple[int, Draft, Run]]] = {}
         self._kept: dict[tuple[str, int], Future[np.ndarray]] = {}
         self._after_the_first: list[tuple[str, Visit]] = []
+        self._failure: BaseException | None = None  # of a micro-batch: none comes after it
         self._pool = ThreadPoolExecutor(memory.num_readers, thread_name_prefix="stream-units")
 
     def next(self) -> Draft:
         """The next micro-batch, when all its rows are there; those after it are on their way, as far as there is room."""
+        if self._failure is not None:
+            raise self._failure
         # nothing shall share the machine with what the first batch waits for
         reach = self._memory.reach if self._first else self._memory.span
         while len(self._coming) < reach:
@@ -206,7 +209,11 @@ class Drafts:
         self._first += 1
         self._num_sent -= 1
         for read in draft.reads:
-            read.wait()
+            try:
+                read.wait()
+            except BaseException as error:
+                self._failure = error
+                raise
         while self._after_the_first:
             self._begin(*self._after_the_first.pop())
         return draft
@@ -268,14 +275,15 @@ class Drafts:
                 self._await(self._pool.submit(self._copy_kept, name, visit), visit)
                 continue
             is_new = True
-            if self._first or self._form.takes_as_it_lies(reader):
+            if self._first or reader.stored.field.codec == "none":
                 self._begin(name, visit)
                 continue
             # What is packed is small on its way: it is read twice, so that the first batch need not wait until what is
             # unpacked for those after it has found memory.
             first = self._coming[0]
             self._begin(name, Visit(visit.unit, [run for run in visit.runs if run[0] is first]))
-            self._after_the_first.append((name, Visit(visit.unit, [run for run in visit.runs if run[0] is not first])))
+            if after_it := [run for run in visit.runs if run[0] is not first]:
+                self._after_the_first.append((name, Visit(visit.unit, after_it)))
         self.units_read += is_new
 
     def _begin(self, name: str, visit: Visit) -> None:
@@ -301,12 +309,13 @@ class Drafts:
 
     def _copy_by_chunk(self, name: str, visit: Visit, rows: Int64[np.ndarray, " r"]) -> None:
         """Rows to their places, without memory for all of them on the way."""
-        wanted: list[list[tuple[FieldRows, int]]] = [[] for _ in rows]
+        wanted: dict[int, list[tuple[FieldRows, int]]] = {}
         for draft, run in visit.runs:
             for place, row in enumerate(draft.plan.rows[run.start : run.end], start=run.start):
-                wanted[row].append((draft.fields[name], place))
-        for first, chunk, places in self._samples.readers[name].read_by_chunk(rows):
-            for row, place_in_chunk in enumerate(places, start=first):
+                wanted.setdefault(row, []).append((draft.fields[name], place))
+        chosen = sorted(wanted)
+        for first, chunk, places in self._samples.readers[name].read_by_chunk(rows[chosen]):
+            for row, place_in_chunk in zip(chosen[first:], places, strict=False):
                 for field, place in wanted[row]:
                     content = chunk[place_in_chunk]
                     field.rows[place] = content if field.views is None else content[field.views[place]]

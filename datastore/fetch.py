@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Final, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from datastore.buffers import Buffers
 from datastore.disk_cache import DiskCache
@@ -52,7 +52,7 @@ _JITTER: Final = random.SystemRandom()  # not the run's own, whose seed is the s
 class FetchConfig(BaseModel, extra="forbid", frozen=True):
     """How hard remote objects are asked for. Measured: benchmarks/stream.py."""
 
-    part_mib: PositiveFloat = 8.0  # a request asks for about so much
+    part_mib: Annotated[float, Field(ge=2**-12)] = 8.0  # a request asks for about so much
     requests_near: PositiveInt = 8  # under way at once, where the first byte comes within 5 ms
     requests_far: PositiveInt = 32  # and elsewhere
     timeout_seconds: PositiveFloat = 20.0  # in which less than 256 KiB came, unless that is all
@@ -354,8 +354,8 @@ class Fetcher:
         return right[0].answer.result()
 
     def _timed_read(self, request: "_Request") -> int:
-        request.deadline.refuse_if_given_up()
         with self._changed:
+            request.deadline.refuse_if_given_up()
             self._refuse_if_closed()
             self.requests += 1
             request.began = request.asked_at = time.monotonic()

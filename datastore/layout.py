@@ -16,9 +16,8 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, Final, Literal, TypeVar
 
@@ -32,6 +31,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from datastore import schema
+from datastore.beside import beside_each_other
 from datastore.cameras import CameraRig
 from datastore.errors import MissingField, StoreError
 from datastore.objects import BOOKKEEPING_FOLDER, ObjectFolder
@@ -828,16 +828,12 @@ def _numbers(names: Iterable[str]) -> list[int]:
 
 
 def _open(folder: ObjectFolder, manifest: int | None = None) -> Store:
-    with ThreadPoolExecutor(3) as pool:  # far from the store, each of these is a round trip or two
-        group = pool.submit(_read_attributes, folder)
-        teachers = pool.submit(_read_teachers, folder)
-        seen = (
-            pool.submit(newest_manifest, folder)
-            if manifest is None
-            else pool.submit(_manifest_numbered, folder, manifest)
-        )
-        attributes, fields = group.result()
-        return Store(folder, attributes, fields, teachers.result(), seen.result())
+    seen = newest_manifest if manifest is None else partial(_manifest_numbered, number=manifest)
+    # far from the store, each of these is a round trip or two
+    (attributes, fields), teachers, found = beside_each_other(
+        [partial(read, folder) for read in (_read_attributes, _read_teachers, seen)]
+    )
+    return Store(folder, attributes, fields, teachers, found)
 
 
 def _read_teachers(folder: ObjectFolder) -> dict[str, TeacherAttributes]:
@@ -846,12 +842,14 @@ def _read_teachers(folder: ObjectFolder) -> dict[str, TeacherAttributes]:
     def of(key: str) -> TeacherAttributes | None:
         try:
             return _read_teacher(folder, key)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     keys = _teacher_folders(folder)
-    with ThreadPoolExecutor(max(1, min(len(keys), _TEACHERS_AT_ONCE))) as pool:
-        return {key: teacher for key, teacher in zip(keys, pool.map(of, keys), strict=True) if teacher is not None}
+    teachers: list[TeacherAttributes | None] = []
+    for start in range(0, len(keys), _TEACHERS_AT_ONCE):
+        teachers += beside_each_other([partial(of, key) for key in keys[start : start + _TEACHERS_AT_ONCE]])
+    return {key: teacher for key, teacher in zip(keys, teachers, strict=True) if teacher is not None}
 
 
 def _teacher_keys(folder: ObjectFolder) -> list[str]:

@@ -21,6 +21,7 @@ class Pieces:
 
     def part(self, start: int, end: int) -> "Pieces":
         """The places of the bytes from `start` up to, not including, `end`."""
+        assert end <= self.num_bytes, f"{end} of {self.num_bytes} bytes"
         part = Pieces.__new__(Pieces)
         part._pieces, part._ends = self._pieces, self._ends
         part._start, part._end = self._start + start, self._start + max(start, end)

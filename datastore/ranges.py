@@ -220,6 +220,8 @@ class _FolderRanges:
         began = time.monotonic()
         with _refusing():
             content = call.apart(lambda: self._folder.read_range(name, start, start + target.num_bytes), self._seconds)
+        if len(content) > target.num_bytes:
+            raise Refused("the server ignores ranges", may_pass=False)
         target.fill(content)
         return len(content), time.monotonic() - began
 

@@ -32,6 +32,7 @@ _CHECKSUM_BYTES: Final = 4
 _KEPT_BYTES: Final = 16 * 2**20
 """Of indices, and of chunks so small that a thousand rows share one: they are asked for again and again."""
 _SMALL_CHUNK_BYTES: Final = 2**16
+_NEAR_BYTES: Final = 2**20  # between chunks come along with them: they take less time than another request
 _NEVER: Final = 0
 """When a checksum lets other threads have Python. A row takes some microseconds; to get Python back can take milliseconds."""
 
@@ -148,7 +149,7 @@ class ShardReader:
         chunk_of_row, places = np.divmod(rows, self.stored.chunk_rows)
         wanted = list(_runs(chunk_of_row))
         encoded = self._encoded(shard, [int(chunk_of_row[start]) for start, _ in wanted])
-        for content, (start, end) in zip(encoded.values(), wanted, strict=True):
+        for content, (start, end) in zip(encoded, wanted, strict=True):
             yield content, start, places[start:end]
 
     def _read_into(self, shard: int, first_row: int, places: Sequence[memoryview | None]) -> None:
@@ -182,7 +183,7 @@ class ShardReader:
     def _start_of_raw(self, shard: int, index: memoryview, first: int, last: int) -> int:
         """Where the first of some neighbouring chunks lies that have nothing between them, and are not packed.
 
-        The same as `_bounds` for many small rows a second, without numpy's cost of a call.
+        Without numpy, as there may be many of them a second.
         """
         num_chunks, size = last + 1 - first, self.stored.chunk_rows * self.row_bytes + _CHECKSUM_BYTES
         found = struct.unpack_from(f"<{2 * num_chunks}Q", index, first * _INDEX_ENTRY.itemsize)
@@ -210,15 +211,19 @@ class ShardReader:
             found.append(place)
         return found
 
-    def _encoded(self, shard: int, chunks: list[int]) -> dict[int, memoryview]:
+    def _encoded(self, shard: int, chunks: list[int]) -> list[memoryview]:
         """Chunks of a shard, ascending, as they lie there, each checked."""
         name = self.stored.shard_name(shard)
         with self._naming(shard, name):
             budget = self._fetcher.budget()  # for trouble with the index and the chunks together
             index = self._index(shard, name, budget)
-            encoded: dict[int, memoryview] = {}
-            for first, last in _stretches(chunks):
-                encoded |= self._chunks(shard, name, index, first, last, budget)
+            entries = np.frombuffer(index, _INDEX_ENTRY, len(index) // _INDEX_ENTRY.itemsize)[chunks]
+            begins, ends = entries["offset"], entries["offset"] + entries["length"]
+            if (ends > self._sums.sizes[shard]).any() or (ends < begins + np.uint64(_CHECKSUM_BYTES)).any():
+                raise _displaced(chunks[0], chunks[-1])
+            encoded: list[memoryview] = []
+            for stretch in _stretches(list(zip(begins.tolist(), ends.tolist(), strict=True))):
+                encoded += self._chunks(shard, name, stretch, budget)
         return encoded
 
     @contextmanager
@@ -251,36 +256,21 @@ class ShardReader:
             self._indices.put(shard, found)
         return found
 
-    def _bounds(self, shard: int, index: memoryview, first: int, last: int) -> list[tuple[int, int]]:
-        """Start and end of each of some neighbouring chunks in their shard."""
-        entries = np.frombuffer(index, _INDEX_ENTRY, last + 1 - first, first * _INDEX_ENTRY.itemsize)
-        offsets, lengths = entries["offset"], entries["length"]
-        ends = offsets + lengths
-        if (ends[-1:] > self._sums.sizes[shard]).any() or (offsets[1:] != ends[:-1]).any():
-            raise _displaced(first, last)
-        return list(zip(offsets.tolist(), ends.tolist(), strict=True))
-
-    def _chunks(
-        self, shard: int, name: str, index: memoryview, first: int, last: int, budget: Budget
-    ) -> dict[int, memoryview]:
-        """Neighbouring chunks as they are encoded, each checked."""
-        key = (shard, first, last)
+    def _chunks(self, shard: int, name: str, bounds: list[tuple[int, int]], budget: Budget) -> list[memoryview]:
+        """Chunks that lie near each other, as they are encoded, each checked; they come in one request."""
+        start, end = bounds[0][0], bounds[-1][1]
+        places = [(first - start, last - start) for first, last in bounds]
+        key = (shard, tuple(bounds))  # what lies between them is not checked
         content = self._small_chunks.get(key)
-        in_shard = self._bounds(shard, index, first, last)
-        start = in_shard[0][0]
-        bounds = [(begin - start, end - start) for begin, end in in_shard]
         if content is None:
 
             def problem(found: memoryview) -> str | None:
-                return next(filter(None, (_checksum_problem(found[begin:end]) for begin, end in bounds)), None)
+                return next(filter(None, (_checksum_problem(found[first:last]) for first, last in places)), None)
 
-            content = self._fetcher.fetch(name, start, start + bounds[-1][1], problem, self._version(shard), budget)
+            content = self._fetcher.fetch(name, start, end, problem, self._version(shard), budget)
             if len(content) <= _SMALL_CHUNK_BYTES:
                 self._small_chunks.put(key, content)
-        return {
-            chunk: content[begin : end - _CHECKSUM_BYTES]
-            for chunk, (begin, end) in zip(range(first, last + 1), bounds, strict=True)
-        }
+        return [content[first : last - _CHECKSUM_BYTES] for first, last in places]
 
     def _version(self, shard: int) -> str:
         """What tells a shard from another one that had its name before."""
@@ -351,12 +341,12 @@ def _runs(values: Int64[np.ndarray, " r"]) -> list[tuple[int, int]]:
     return [(int(start), int(end)) for start, end in pairwise(bounds) if end > start]
 
 
-def _stretches(numbers: list[int]) -> list[tuple[int, int]]:
-    """First and last of each stretch of neighbours."""
-    found: list[tuple[int, int]] = []
-    for number in numbers:
-        if found and found[-1][1] == number - 1:
-            found[-1] = found[-1][0], number
+def _stretches(bounds: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Chunks by first byte and the one after the last, cut where the next is far away, or lies before."""
+    found: list[list[tuple[int, int]]] = []
+    for begin, end in bounds:
+        if found and 0 <= begin - found[-1][-1][1] <= _NEAR_BYTES:
+            found[-1].append((begin, end))
         else:
-            found.append((number, number))
+            found.append([(begin, end)])
     return found

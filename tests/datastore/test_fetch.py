@@ -100,6 +100,34 @@ def test_a_large_range_comes_by_several_requests_at_a_time(server: RangeServer, 
     assert fetcher.bytes_fetched == end - 5
 
 
+def test_far_away_a_thread_that_works_on_what_came_leaves_its_request_to_another(
+    server: RangeServer, fetcher_of: FetcherOf
+) -> None:
+    fetcher = fetcher_of(requests_near=1, requests_far=1, part_mib=1.0)
+
+    def late(handler: Handler, content: bytes) -> None:
+        time.sleep(0.02)
+        right(handler, content)
+
+    server.script = lambda number: late
+    assert fetched(fetcher, 0, 10) == CONTENT[:10]  # it learns how far the server is
+    with ThreadPoolExecutor(1) as other, fetcher.turn():
+        assert other.submit(fetched, fetcher, 10, 20).result(5) == CONTENT[10:20]
+
+
+def test_near_by_a_thread_that_works_on_what_came_keeps_others_from_reading(
+    server: RangeServer, fetcher_of: FetcherOf
+) -> None:
+    fetcher = fetcher_of(requests_near=1, requests_far=1)
+    fetcher._tempo.took(0.0001, 0.001)
+    with ThreadPoolExecutor(1) as other:
+        with fetcher.turn():
+            read = other.submit(fetched, fetcher, 10, 20)
+            with pytest.raises(TimeoutError):
+                read.result(0.3)
+        assert read.result(5) == CONTENT[10:20]
+
+
 def test_no_more_requests_are_under_way_than_are_allowed(server: RangeServer, fetcher_of: FetcherOf) -> None:
     fetcher = fetcher_of(requests_near=3, requests_far=3, part_mib=500 / 2**20)
     with ThreadPoolExecutor(4) as readers:

@@ -419,6 +419,13 @@ def test_a_teacher_whose_folder_was_removed_is_gone_and_can_be_written_again(tmp
     assert verify(open_store(tmp_path)) == []
 
 
+def test_a_teachers_folder_without_its_document_is_none_and_so_is_a_file(tmp_path: Path) -> None:
+    add_teacher(write_small_store(str(tmp_path)))
+    (tmp_path / "teachers" / "begun@12345678").mkdir()
+    (tmp_path / "teachers" / "notes@home").write_text("a file")
+    assert list(open_store(tmp_path).teachers) == ["teacher@feedc0de"]
+
+
 def test_the_same_weights_from_a_training_with_other_settings_are_the_same_teacher(tmp_path: Path) -> None:
     store = write_small_store(str(tmp_path / "store"))
     facts = {"job": "teacher", "config_hash": "0123", "split": "train"}

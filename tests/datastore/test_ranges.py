@@ -421,6 +421,24 @@ def test_bytes_go_to_their_places_however_those_are_cut_and_however_they_come(
     ranges.close()
 
 
+def test_a_server_that_ignores_ranges_is_named_whatever_reads_it(
+    server: RangeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Whole(ServedFolder):
+        def signed_url(self, name: str, seconds: int) -> None:
+            return None  # so that fsspec reads
+
+        def read_range(self, name: str, start: int, end: int) -> bytes:
+            return CONTENT
+
+    for parts in (1, 3):
+        config = FetchConfig(part_mib=len(CONTENT) / 2 / parts / 2**20)
+        fetcher = Fetcher(Whole(server.url), config)
+        with pytest.raises(FetchFailed, match="ignores ranges"):
+            fetcher.fetch("shard", 0, len(CONTENT) // 2, lambda _: None)
+        fetcher.close()
+
+
 def test_closing_ends_a_handshake_that_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -1,10 +1,12 @@
 """A shard read by hand gives what plain zarr gives, and nothing that differs from its manifest gets through."""
 
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pytest
+from crc32c import crc32c
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -95,6 +97,67 @@ def test_rows_that_come_damaged_on_their_way_to_their_places_are_named(tmp_path:
         found = np.zeros((32, *reader.row_shape), np.float32)
         with pytest.raises(StoreError, match=r"points/c/2/0/0 \(rows 64 to 95 .*its bytes have checksum.*inspect"):
             reader.read_into(64, [row.reshape(-1).view(np.uint8).data for row in found])
+
+
+def _missing(entries: np.ndarray, size: int) -> None:
+    entries[1] = (2**64 - 1, 2**64 - 1)  # as zarr says that nothing was written
+
+
+def _other_length(entries: np.ndarray, size: int) -> None:
+    entries["length"][1] -= 1
+
+
+def _beyond_the_end(entries: np.ndarray, size: int) -> None:
+    entries["offset"] += size
+
+
+def _swapped(entries: np.ndarray, size: int) -> None:
+    entries[:] = entries[::-1].copy()
+
+
+@pytest.mark.parametrize("change", [_missing, _other_length, _beyond_the_end, _swapped])
+@pytest.mark.parametrize("smallest", [0, 2**16])
+def test_an_index_that_names_other_places_than_the_writers_is_an_error_and_never_other_rows(
+    tmp_path: Path, change: Callable[[np.ndarray, int], None], smallest: int
+) -> None:
+    store = points_store(tmp_path / "store")
+    expected = store.read("points", range(32))
+    path = tmp_path / "store" / "points" / "c" / "0" / "0" / "0"
+    content = bytearray(path.read_bytes())
+    start = len(content) - 4 - 2 * 16  # of two chunks
+    entries = np.frombuffer(content, [("offset", "<u8"), ("length", "<u8")], 2, start)
+    change(entries, len(content))
+    content[-4:] = crc32c(bytes(content[start:-4])).to_bytes(4, "little")
+    path.write_bytes(content)
+    with patch("datastore.shards._SMALL_CHUNK_BYTES", smallest):
+        reader = ShardReader(store, store.field("points"), Fetcher(store.folder))
+        if change is _swapped and smallest:  # which is where they are
+            found = reader.read(np.arange(32))
+            assert np.array_equal(found, np.roll(expected, 16, axis=0))
+        else:
+            with pytest.raises(StoreError, match=r"points/c/0/0/0.*inspect"):
+                reader.read(np.arange(32))
+
+
+def test_chunks_that_lie_near_each_other_come_in_one_request_and_those_between_are_left_alone(tmp_path: Path) -> None:
+    write_small_store(str(tmp_path), small_attributes(256, block_rows=128), ["points", "split", "id"])
+    store = open_store(tmp_path)
+    expected = store.read("points", range(128))
+    path = tmp_path / "points" / "c" / "0" / "0" / "0"
+    content = bytearray(path.read_bytes())
+    content[20 * expected[0].nbytes] ^= 1  # in the second chunk
+    path.write_bytes(content)
+    fetcher = Fetcher(store.folder)
+    reader = ShardReader(store, store.field("points"), fetcher, num_points=2)
+    rows = np.array([3, 40, 41, 127])
+    with patch.object(fetcher, "fetch", wraps=fetcher.fetch) as fetch:
+        assert np.array_equal(reader.read(rows), expected[rows, :2])
+        assert fetch.call_count == 2  # the index, and these chunks
+        with pytest.raises(StoreError, match="checksum"):
+            reader.read(np.arange(128))
+        with patch("datastore.shards._NEAR_BYTES", 1):
+            assert np.array_equal(reader.read(np.array([3, 40])), expected[[3, 40], :2])
+        assert fetch.call_count == 5
 
 
 def test_neighbouring_rows_are_one_request_and_an_index_is_asked_for_once(store: Store) -> None:

@@ -756,6 +756,7 @@ def test_the_first_batch_does_not_wait_for_what_is_unpacked_for_those_after_it(
 
     def copied(drafts: Drafts, name: str, visit: Visit, rows: Any) -> None:
         numbers = {int(draft.plan.ids[0]) for draft, _ in visit.runs}
+        assert numbers, "nobody waits for what is read"
         if numbers != {first_id}:
             others.append(numbers)
             assert may_go_on.wait(20)
@@ -775,6 +776,24 @@ def test_the_first_batch_does_not_wait_for_what_is_unpacked_for_those_after_it(
         ascending, places = np.unique(batch.ids, return_inverse=True)
         assert np.array_equal(batch.views, store.read("views", ascending)[places])
     assert others
+
+
+def test_units_that_the_first_batch_uses_up_are_read_once(whole_url: str) -> None:
+    visits: list[int] = []
+
+    def copied(drafts: Drafts, name: str, visit: Visit, rows: Any) -> None:
+        visits.append(len(visit.runs))
+        copy(drafts, name, visit, rows)
+
+    copy = Drafts._copy_by_chunk
+    with pytest.MonkeyPatch.context() as patch, reading_anew():
+        patch.setattr("datastore.shards._SMALL_CHUNK_BYTES", 0)
+        patch.setattr(Drafts, "_copy_by_chunk", copied)
+        with stream_of(whole_url, ViewsBatch, global_batch=24, micro_batch=24, lanes=3, unit_samples=8) as stream:
+            list(stream.steps(1))
+            assert stream.units_read >= 3
+    assert visits
+    assert all(visits)
 
 
 def test_micro_batches_of_a_whole_step_are_made_ready_ahead(url: str) -> None:
