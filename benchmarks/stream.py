@@ -17,8 +17,8 @@ Plain GETs have as many requests under way as ours by default has, 8 near and 32
 are measured with 8 and 16, too, for points and features. With so few its network is what holds them up, and not the cores,
 which serve both ends.
 
-All of it takes about twenty minutes on two quiet cores, and some eight with --quick, of which a few go to the files that the
-systems read: --folder keeps those for the next time (9 GB), and --repeats 0 only writes them. --cells takes some cells by
+All of it takes about half an hour on two quiet cores, eighteen minutes with --repeats 2 and some eight with --quick; a few
+more go to the files that the systems read: --folder keeps those for the next time (9 GB), and --repeats 0 only writes them. --cells takes some cells by
 themselves.
 
 The peers need older packages than the project's own, so they live in an environment of their own, which `make .venv-bench`
