@@ -18,8 +18,8 @@ are measured with 8 and 16, too, for points and features. With so few its networ
 which serve both ends.
 
 All of it takes about half an hour on two quiet cores, eighteen minutes with --repeats 2 and some eight with --quick; a few
-more go to the files that the systems read: --folder keeps those for the next time (9 GB), and --repeats 0 only writes them. --cells takes some cells by
-themselves.
+more go to the files that the systems read: --folder keeps those for the next time (9 GB), and --repeats 0 only writes
+them. --cells takes some cells by themselves.
 
 The peers need older packages than the project's own, so they live in an environment of their own, which `make .venv-bench`
 makes: the packages of the extra `bench`, and psutil.
