@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from types import TracebackType
@@ -170,6 +170,7 @@ def _as_workers_need_it() -> Iterator[None]:
     """What a process started in here inherits: stop signals blocked, and one thread in each numerical library."""
     # A signal for the whole group, as Ctrl-C sends it, is for the parent to act on. Were it to end a worker first, a good
     # task would pass for one that kills its process. An inherited mask leaves no moment without it.
+    resource_tracker.ensure_running()  # it would be started with the first worker, and unblocks these signals for its own end
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     threads = os.environ.get(_NUM_THREADS)
     os.environ[_NUM_THREADS] = "1"
@@ -185,6 +186,7 @@ def _as_workers_need_it() -> Iterator[None]:
 
 def _work_until_closed(connection: Connection, work: Callable[[Task], Result], memory_bytes: int) -> None:
     """The whole life of a worker process: it ends with the pipe, so it never outlives its parent."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # if that tracker had to be started anew meanwhile
     # counts what the process has written to or may write to, shared libraries aside: Python says MemoryError at the
     # limit, and the machine never has to choose a process to kill
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -132,6 +134,28 @@ def test_signals_for_the_whole_group_leave_the_workers_to_their_parent(monkeypat
 
 def name_process(_: str) -> str:
     return str(os.getpid())
+
+
+def test_the_first_worker_of_a_program_is_spared_such_signals_too(tmp_path: Path) -> None:
+    """Python starts a process of its own beside the first worker, and unblocks signals for that."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal, sys, time\n"
+        "from datastore.process_pool import Limits, ProcessPool\n"
+        "if __name__ == '__main__':\n"
+        "    with ProcessPool(time.sleep, 1, Limits(60, 2**33)) as pool:\n"
+        "        (worker,) = pool._workers\n"
+        "        pool.offer(1, 1.0)\n"
+        "        for number in (signal.SIGINT, signal.SIGTERM):\n"
+        "            for _ in range(20):\n"
+        "                os.kill(worker.process.pid, number)\n"
+        "                time.sleep(0.01)\n"
+        "        while not (found := pool.results(1.0)):\n"
+        "            pass\n"
+        "        print(found)\n"
+    )
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("[(1, None)]\n", "")
 
 
 def test_no_worker_outlives_the_pool() -> None:
