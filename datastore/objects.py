@@ -328,6 +328,12 @@ class ObjectFolder:
                 f"{where} cannot be read: {error or type(error).__name__}. Check the address, and whether the server runs "
                 f"and the network reaches it; then run the same command again."
             ) from error
+        except ValueError as error:
+            if "Invalid endpoint" not in str(error):
+                raise
+            raise StoreError(
+                f"{where} cannot be asked for: {error}. An endpoint (AWS_ENDPOINT_URL) begins with http:// or https://."
+            ) from error
 
     @contextmanager
     def _explained_put(self, name: str, content: bytes | mmap.mmap) -> Iterator[None]:

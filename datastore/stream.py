@@ -390,6 +390,10 @@ def _readers(
         )
     readers: dict[str, ShardReader] = {}
     for name in batch_type.store_fields():
+        if name not in FIELDS:
+            raise AskedWrongly(
+                f"{batch_type.__name__} reads {name!r}, which is no field. A store may have {', '.join(FIELDS)}."
+            )
         path = name
         if FIELDS[name].writer == "cache":
             if teacher is None:

@@ -278,6 +278,16 @@ def test_a_key_that_the_server_does_not_know_is_refused_by_name(
             operation()
 
 
+def test_an_endpoint_that_is_no_url_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:9137")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+    forget_clients()
+    with pytest.raises(StoreError, match=r"s3://bucket/store/zarr.json.*127.0.0.1:9137.*begins with http://"):
+        ObjectFolder("s3://bucket/store").read("zarr.json")
+    forget_clients()
+
+
 @pytest.mark.s3
 def test_without_any_credentials_it_is_said_which_are_looked_for(
     s3_bucket: str, monkeypatch: pytest.MonkeyPatch

@@ -982,6 +982,12 @@ def test_a_missing_teacher_names_the_command_that_writes_its_fields(url: str) ->
         stream_of(url, WholeBatch)
 
 
+def test_a_batch_of_a_field_that_does_not_exist_names_those_that_do(url: str) -> None:
+    misspelt = make_dataclass("MisspeltBatch", [("lable", Tensor)], bases=(Batch,), frozen=True)
+    with pytest.raises(AskedWrongly, match=r"MisspeltBatch reads 'lable', which is no field. .*label"):
+        stream_of(url, misspelt)
+
+
 def test_text_cannot_be_streamed(url: str) -> None:
     with pytest.raises(ValueError, match=r"IdTextBatch reads 'id', which is text"):
         stream_of(url, IdTextBatch)

@@ -71,6 +71,12 @@ def test_the_package_reads_a_store_as_the_docs_show(folder_with_a_store: Path) -
     assert "points" in run(python_blocks("store.md")[1], folder_with_a_store)
 
 
+def test_the_stream_is_read_as_the_docs_show(folder_with_a_store: Path) -> None:
+    said = run(python_blocks("stream.md")[0], folder_with_a_store).splitlines()
+    assert "torch.Size([4, 64, 3])" in said[0]
+    assert int(said[-1]) == 4 * (len(said) - 1)
+
+
 def test_the_table_of_fields_names_them_all() -> None:
     page = (DOCS / "store.md").read_text()
     assert [name for name in FIELDS if f"`{name}`" not in page and f"{name}`" not in page] == []
