@@ -291,7 +291,7 @@ def test_rows_that_go_straight_to_their_places_are_those_of_the_store(
     st.integers(1, 4),
     st.integers(0, 99),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_whatever_world_and_threads_read_on_from_any_position_the_bytes_are_the_same(
     shapes_url: str, world: int, step: int, num_readers: int, prefetch: int, seed: int
 ) -> None:
